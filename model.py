@@ -1,0 +1,117 @@
+"""DeepLabv3+ (Chen et al., 2018b) on torchvision's ResNets, and its moving-average teacher.
+
+    student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
+    logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
+    teacher = ema_teacher(student, decay=0.99)
+    teacher.update_parameters(student)                            # after each optimizer step
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
+
+BACKBONES = ("resnet10", "resnet18", "resnet50", "resnet101")
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et al., 2018b
+
+
+def resnet(name, weights="none"):
+    """One of torchvision's ResNets. "resnet10" is its ResNet class with one BasicBlock per stage [ours, for CPUs].
+
+    weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none", or a file that holds the state dict of
+    the same torchvision ResNet. Raises ValueError where there are none, or they do not fit.
+    """
+    net = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
+    if weights == "none":
+        return net
+    if weights == "imagenet":
+        if name == "resnet10":
+            raise ValueError("there are no ImageNet weights for resnet10; use --weights none or another --backbone")
+        enum = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            state = enum.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise ValueError(
+                f"the ImageNet weights of {name} could not be downloaded from {enum.url} ({error}); "
+                "download that file elsewhere and give --weights FILE, or train from scratch with --weights none"
+            ) from error
+    else:
+        if not Path(weights).is_file():
+            raise ValueError(f"--weights {weights}: no such file; expected imagenet, none, or a ResNet's state dict")
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises many kinds, all of them the file's fault
+            raise ValueError(f"--weights {weights} could not be read safely as a state dict ({type(error).__name__})") from error
+    try:
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"--weights {weights} does not hold the state dict of torchvision's {name}") from error
+    return net
+
+
+def set_stride_and_dilation(stage, dilation):
+    """Turns a ResNet stage of stride 2 into one of stride 1 whose 3x3 convolutions are dilated instead."""
+    # torchvision's replace_stride_with_dilation does the same, for Bottleneck blocks alone.
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
+
+    backbone: one of BACKBONES; output_stride 16 or 8; weights: see `resnet`.
+    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W). In training mode B must be at least 2,
+    because ASPP's image pooling has BatchNorm on a single pixel per image.
+    """
+
+    def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
+        super().__init__()
+        if output_stride not in ATROUS_RATES:
+            raise ValueError(f"output stride {output_stride} is unknown; expected 16 or 8")
+        self.backbone = resnet(backbone, weights)
+        deep, low = self.backbone.fc.in_features, 64 * self.backbone.layer1[-1].expansion
+        del self.backbone.fc, self.backbone.avgpool
+        if output_stride == 8:
+            set_stride_and_dilation(self.backbone.layer3, 2)
+        set_stride_and_dilation(self.backbone.layer4, 32 // output_stride)
+        self.aspp = ASPP(deep, ATROUS_RATES[output_stride], 256)
+        self.low_level = Conv2dNormActivation(low, 48, kernel_size=1)
+        self.decoder = nn.Sequential(Conv2dNormActivation(256 + 48, 256), Conv2dNormActivation(256, 256))
+        self.classifier = nn.Conv2d(256, num_classes, 1)
+
+    def forward(self, x):
+        net = self.backbone
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        low = net.layer1(stem)  # (B,256,H/4,W/4); 64 channels in the BasicBlock ResNets
+        deep = net.layer4(net.layer3(net.layer2(low)))  # (B,2048,H/16,W/16); 512 likewise
+        low = self.low_level(low)
+        context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")
+        logits = self.classifier(self.decoder(torch.cat([context, low], 1)))  # (B,C,H/4,W/4)
+        return F.interpolate(logits, size=x.shape[-2:], mode="bilinear")
+
+
+def ema_decay(updates, decay=0.99):
+    """tau of Sec. 4.1 after so many updates: min(1 - 1/(updates+1), decay); the first update is a copy."""
+    # Paper: tau = 0.99. Authors' code: this warm-up of tau. Here: theirs.
+    return min(1 - 1 / (updates + 1), decay)
+
+
+def ema_teacher(student, decay=0.99):
+    """The teacher: a copy of the student in evaluation mode, theta_t = tau theta_t + (1 - tau) theta_s at each update.
+
+    Returns an AveragedModel. Its BatchNorm statistics are the student's, copied at each update.
+    """
+    def average(teacher, student, updates):
+        get_ema_multi_avg_fn(ema_decay(int(updates), decay))(teacher, student, updates)
+
+    teacher = AveragedModel(student, multi_avg_fn=average)  # its counter stays on the CPU, so reading it waits for nothing
+    return teacher.requires_grad_(False).eval()

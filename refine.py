@@ -1,0 +1,228 @@
+"""S4MC itself: which pixels of an unlabeled image receive a pseudo-label, and which label that is.
+
+    pseudo = pseudo_labels(teacher(image).softmax(1), alpha=dpa_alpha(step, total_steps))
+    loss = cross_entropy(student(strong_view_of_image), pseudo.label, ignore_index=255)
+
+This file needs PyTorch and nothing else; it can be copied into another project as it is.
+
+    paper                       here              shape       values
+    p_c(x_jk)                   prob              (B,C,H,W)   0..1, sums to 1 over C
+    p_c(x_jk, x_lm)             joint             like prob   0..1, Eqs. 14-16
+    p~_c(x_jk)                  refined           (B,C,H,W)   0..1, a union's probability: need not sum to 1 over C
+    beta_lm                     beta              number      0..1, Eq. 10
+    kappa                       confidence        (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
+    gamma_t                     threshold         0-d         like kappa
+    alpha_t, alpha_0            alpha, alpha0     number      0..1, the share of raw pixels below the threshold
+    y^_jk                       label             (B,H,W)     0..C-1, or 255 where the pixel is ignored
+    (image, not padding)        valid             (B,H,W)     bool
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+IGNORE = 255
+
+
+def confidence(prob, kind="margin"):
+    """Eq. 5 (= 13), 11 or 12: how sure each pixel is of its class.
+
+    margin:   max_c p_c - max2_c p_c      Eq. 5, 0..1
+    max:      max_c p_c                   Eq. 11, 0..1
+    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0
+
+    prob (B,C,H,W) -> (B,H,W). Refined probabilities are put into the same formulas, as in Sec. 3.2.2.
+    Raises ValueError on another kind.
+    """
+    if kind == "max":
+        return prob.amax(1)
+    if kind == "entropy":
+        return torch.xlogy(prob, prob).sum(1)
+    if kind != "margin":
+        raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+    first = prob[:, 0]
+    second = torch.zeros_like(first)
+    for p in prob.unbind(1)[1:]:  # the two largest in one pass: topk over a strided dimension is many times slower
+        second = torch.maximum(second, torch.minimum(first, p))
+        first = torch.maximum(first, p)
+    return first - second
+
+
+def offsets(neighborhood, dilation=1, distance_weight=True):
+    """The neighbors of a pixel, [(dy, dx, beta), ...], with beta of Eq. 10.
+
+    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid; 1 without `distance_weight`, which is Eqs. 7-9.
+    neighborhood: 3, 5 or 7 for the N x N square without its center, "cross" for up, down, left and right.
+    Raises ValueError on another neighborhood or a dilation below 1.
+    """
+    # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for every neighbor of their cross.
+    # Here: Eq. 10 for all; 0.607 beside the pixel, 0.368 on the diagonal.
+    if neighborhood not in (3, 5, 7, "cross"):
+        raise ValueError(f"neighborhood {neighborhood!r} is unknown; expected 3, 5, 7 or 'cross'")
+    if dilation < 1:
+        raise ValueError(f"dilation {dilation} is too small; expected 1 or more pixels")
+    reach = 1 if neighborhood == "cross" else neighborhood // 2
+    steps = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1) if (dy, dx) != (0, 0)]
+    if neighborhood == "cross":
+        steps = [(dy, dx) for dy, dx in steps if dy == 0 or dx == 0]
+    return [
+        (dilation * dy, dilation * dx, math.exp(-(abs(dy) + abs(dx)) / 2) if distance_weight else 1.0)
+        for dy, dx in steps
+    ]
+
+
+def _pairs(height, width, dy, dx):
+    """Two indices: the pixels whose neighbor (dy, dx) lies inside the image, and those neighbors; None if there are none."""
+    if abs(dy) >= height or abs(dx) >= width:
+        return None
+    here = (..., slice(max(-dy, 0), height - max(dy, 0)), slice(max(-dx, 0), width - max(dx, 0)))
+    there = (..., slice(max(dy, 0), height - max(-dy, 0)), slice(max(dx, 0), width - max(-dx, 0)))
+    return here, there
+
+
+def refine(prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None):
+    """Eqs. 7-10, Sec. 3.2.1: each class's probability that the pixel or its best neighbor belongs to the class.
+
+    refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
+
+    prob (B,C,H,W) -> (B,C,H,W), each value 0..1. A neighbor outside the image does not exist.
+    neighborhood, distance_weight, dilation: see `offsets`; dilation d asks the neighbors d pixels away [ours].
+    select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" with the smallest;
+        "random" draws one position per pixel among those inside the image, the same for all classes (Table 4a).
+    neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
+    prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
+    generator: for "random", on prob's device. Raises ValueError on options it does not know.
+    """
+    if select not in ("max", "min", "random"):
+        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
+    if neighbors < 1:
+        raise ValueError(f"neighbors {neighbors} is too small; expected 1 or more")
+    if prob.dim() != 4:
+        raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
+    batch, classes, height, width = prob.shape
+    if prior is not None and prior.shape != (classes,):
+        raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
+    grid = offsets(neighborhood, dilation, distance_weight)
+    if select == "random":
+        draw = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
+    # Paper: Eq. 15 has no class in it. Authors' code: p_c times a per-class constant. Here: theirs, from this run's labels.
+    floor = None if prior is None else prior.to(prob).view(-1, 1, 1)
+
+    refined, taken = prob, []
+    for _ in range(min(neighbors, len(grid))):
+        current, refined = refined, refined.clone()  # stays as it is where no neighbor is left
+        best = prob.new_full((batch, 1 if select == "random" else classes, height, width), -torch.inf)
+        winner = torch.full_like(best, -1, dtype=torch.int8)
+        for i, (dy, dx, beta) in enumerate(grid):
+            pairs = _pairs(height, width, dy, dx)
+            if pairs is None:
+                continue
+            here, there = pairs
+            p, q = current[here], prob[there]
+            joint = p * (q if floor is None else torch.maximum(q, floor))  # Eq. 14, or 16
+            union = p + beta * (q - joint)  # Eq. 10
+            score = union if select == "max" else -union if select == "min" else draw[i][here]
+            for earlier in taken:
+                score = score.masked_fill(earlier[here] == i, -torch.inf)
+            better = score > best[here]  # Eq. 9
+            best[here] = torch.where(better, score, best[here])
+            refined[here] = torch.where(better, union, refined[here])
+            winner[here] = winner[here].masked_fill(better, i)
+        taken.append(winner)
+    return refined
+
+
+def neighbor_agreement(labels, num_classes, neighborhood=3):
+    """Eq. 15, class by class: P(a neighbor is of class c | the pixel is of class c), counted over label maps.
+
+    labels (B,H,W), integers 0..num_classes-1 or 255, which counts nowhere. Returns (num_classes,), 0..1;
+    0 for a class that never occurs, which leaves Eq. 14 as it is. Raises ValueError on any other label.
+    """
+    if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
+        raise ValueError(f"labels hold values outside 0..{num_classes - 1} and 255")
+    labels = labels.long()
+    pairs, agreeing = (torch.zeros(num_classes, dtype=torch.long, device=labels.device) for _ in range(2))
+    for dy, dx, _ in offsets(neighborhood):
+        windows = _pairs(*labels.shape[-2:], dy, dx)
+        if windows is None:
+            continue
+        pixel, neighbor = labels[windows[0]], labels[windows[1]]
+        counted = (pixel != IGNORE) & (neighbor != IGNORE)
+        pairs += torch.bincount(pixel[counted], minlength=num_classes)
+        agreeing += torch.bincount(pixel[counted & (pixel == neighbor)], minlength=num_classes)
+    return agreeing / pairs.clamp(min=1)
+
+
+def dpa_alpha(step, total_steps, alpha0=0.4):
+    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b."""
+    # Paper: t counts iterations. Authors' code: epochs. Here: iterations.
+    return alpha0 * (1 - step / total_steps)
+
+
+def dpa_threshold(conf, alpha, valid=None):
+    """gamma_t of Sec. 3.1.2: the alpha-quantile of the raw confidences of the whole batch.
+
+    conf: any shape, any range; alpha 0..1; valid: bool like conf, True on pixels that count (default: all).
+    Returns a 0-d tensor on conf's device: the value of rank floor(alpha * (n - 1)) among the n valid pixels of all
+    processes, exact to float32 (torch.quantile's "lower"); +inf if there is none. Raises ValueError on another alpha.
+    """
+    # Paper: "over all pixels of all images in the batch". Authors' code: each GPU for itself, on the CPU, with NumPy.
+    # Here: the batch of all processes. Nothing is sorted: the answer's 32 bits are found 8 at a time from histograms,
+    # which add up over processes, hold any number of pixels, and never wait for the device.
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
+    bits = conf.detach().float().reshape(-1, conf.shape[-1] if conf.dim() else 1).view(torch.int32)
+    bits = bits ^ ((bits >> 31) | -(2**31))  # unsigned order of these bits = order of the floats
+    candidate = torch.ones_like(bits, dtype=torch.bool) if valid is None else valid.reshape(bits.shape)
+    one = torch.ones((), dtype=torch.int32, device=bits.device).expand_as(bits)
+    value = torch.zeros((), dtype=torch.long, device=bits.device)
+    for shift in (24, 16, 8, 0):
+        digit = ((bits >> shift) & 255).masked_fill(~candidate, 256).long()
+        rows = torch.zeros(len(bits), 257, dtype=torch.int32, device=bits.device)
+        histogram = rows.scatter_add_(1, digit, one).sum(0)[:256]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(histogram)
+        if shift == 24:
+            count = histogram.sum()
+            rank = ((count - 1).clamp(min=0).double() * alpha).long()
+        below = histogram.cumsum(0) <= rank  # True on digits that lie wholly below the rank
+        rank = rank - (histogram * below).sum()
+        chosen = below.sum()
+        candidate = digit == chosen
+        value = (value << 8) + chosen
+    value = value.to(torch.int32)
+    value = (value ^ (~(value >> 31) | -(2**31))).view(torch.float32)
+    return torch.where(count > 0, value, torch.inf)
+
+
+class PseudoLabels(NamedTuple):
+    """What `pseudo_labels` returns."""
+
+    label: torch.Tensor  # (B,H,W) long, 255 = ignore
+    keep: torch.Tensor  # (B,H,W) bool, True on pixels that are trained on
+    confidence: torch.Tensor  # (B,H,W), after refinement
+    threshold: torch.Tensor  # 0-d
+
+
+@torch.no_grad()
+def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, refinement=True, **options):
+    """Eq. 4 with Sec. 3.2.2: the threshold comes from the raw probabilities, the decision from the refined ones.
+
+    label = argmax_c refined_c where confidence(refined) > threshold, else 255
+
+    prob (B,C,H,W), the teacher's; alpha 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W) bool, False on
+    padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then;
+    refinement=False leaves Eqs. 7-10 out; options: those of `refine`. Returns PseudoLabels.
+    """
+    if threshold is None:
+        threshold = dpa_threshold(confidence(prob, kind), alpha, valid)
+    refined = refine(prob, **options) if refinement else prob
+    conf = confidence(refined, kind)
+    keep = conf > threshold
+    if valid is not None:
+        keep = keep & valid
+    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
+    label = refined.argmax(1).masked_fill(~keep, IGNORE)
+    return PseudoLabels(label, keep, conf, torch.as_tensor(threshold, dtype=conf.dtype, device=conf.device))

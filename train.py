@@ -1,0 +1,476 @@
+"""One training run of S4MC: a few labeled images, many unlabeled ones, DeepLabv3+ and its moving-average teacher.
+
+    python train.py                                                           # drawn shapes, CPU, a few minutes
+    python train.py --dataset camvid --root data --labeled 46                 # real photographs
+    torchrun --nproc_per_node=8 train.py --dataset camvid --labeled 46        # one process per GPU
+
+Writes --out: args.json, metrics.jsonl, last.pth, best.pth, panels/. `evaluate.py last.pth` reads them.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, training_loader
+from evaluate import evaluate, load_checkpoint, panel, panel_items, refinement_options, start_processes, stop_on_input_error, table
+from model import BACKBONES, DeepLabV3Plus, ema_teacher
+from refine import dpa_alpha, neighbor_agreement, pseudo_labels
+
+# What --dataset means for every option left out; (dataset, device) adds to dataset. All of them are [ours].
+PRESETS = {
+    "shapes": dict(
+        labeled="12", crop=64, backbone="resnet10", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02,
+        weight_decay=5e-4, warmup_epochs=2, eval_every=5, workers=1, log_every=20,
+    ),
+    "camvid": dict(labeled="46", weight_decay=1e-4, warmup_epochs=1, log_every=10),
+    ("camvid", "cpu"): dict(
+        crop=128, backbone="resnet18", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02, eval_every=4, workers=1,
+    ),
+    ("camvid", "cuda"): dict(
+        crop=352, backbone="resnet50", weights="imagenet", epochs=80, batch_size=8, lr=0.005, head_lr=0.05, eval_every=5, workers=8,
+    ),
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedules and losses
+
+
+def learning_rate(step, total_steps, base, power=0.9):
+    """Appendix D: lr_base * (1 - iter / total_iter) ** power."""
+    return base * (1 - step / total_steps) ** power
+
+
+def cross_entropy(logits, label):
+    """Eqs. 2-3: the sum over all labeled pixels divided by their number M, both counted over all processes.
+
+    logits (B,C,H,W), label (B,H,W) with 255 = not labeled; 0 where no pixel is labeled. The value is this process's part
+    times the number of processes, because DistributedDataParallel averages: N processes equal one with the whole batch.
+    """
+    # Paper: M counts pixels of the batch. Authors' code: a mean per GPU. Here: M of the batch of all processes.
+    count = (label != IGNORE).sum()
+    world = 1
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        world = dist.get_world_size()
+    total = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
+    return total * world / count.clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the step
+
+
+def training_losses(student, teacher, batch, step, args, options, rng):
+    """Eqs. 1-3 for one batch: (loss, what the log needs). Sec. 3.3 in its own order.
+
+    student, teacher: (B,3,H,W) -> logits (B,C,H,W); batch: see data.TrainingViews; options: of `pseudo_labels`; rng: a
+    NumPy generator for CutMix. batch["truth"] is not touched.
+    """
+    x, y = normalize(batch["x"]), batch["y"]
+    if args.framework == "supervised" or step < args.warmup_steps:
+        loss_x = cross_entropy(student(x), y)
+        return loss_x, {"loss_x": loss_x.detach()}
+    weak = normalize(batch["weak"])
+    strong = normalize(batch["strong"]) if args.framework == "fixmatch" else weak
+
+    with torch.no_grad():
+        prob = teacher(weak).float().softmax(1)
+    pseudo = pseudo_labels(prob, dpa_alpha(step, args.iters, args.alpha0), valid=batch["valid"], **options)
+    strong, target = cutmix(strong, pseudo.label, rng, args.cutmix)
+
+    logits_x, logits_u = student(torch.cat([x, strong])).split([len(x), len(strong)])
+    loss_x, loss_u = cross_entropy(logits_x, y), cross_entropy(logits_u, target)
+    loss = loss_x + args.lambda_u * loss_u
+    return loss, {"loss_x": loss_x.detach(), "loss_u": loss_u.detach(), "prob": prob, "pseudo": pseudo}
+
+
+def pseudo_label_figures(prob, pseudo, batch, options):
+    """Figs. 4 and 5 for one batch, summed over all processes: shares of pixels, 0..1, with and without refinement.
+
+    kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
+    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the pixels of known truth.
+    """
+    raw = pseudo_labels(prob, None, valid=batch["valid"], **options | {"refinement": False, "threshold": pseudo.threshold})
+    known = batch["truth"] != IGNORE
+    counts = [batch["valid"].sum(), known.sum()]
+    for labels in (raw, pseudo):
+        judged = labels.keep & known
+        counts += [labels.keep.sum(), judged.sum(), (judged & (labels.label == batch["truth"])).sum()]
+    counts = torch.stack(counts)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
+    figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1), "threshold": pseudo.threshold.item()}
+    if known:
+        figures |= {
+            "correct": right / max(judged, 1),
+            "correct_raw": right_raw / max(judged_raw, 1),
+            "tp_change": (right - right_raw) / known,
+            "fp_change": ((judged - right) - (judged_raw - right_raw)) / known,
+        }
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def average_batchnorm(model, world):
+    """Averages BatchNorm's running statistics over the processes; on CUDA SyncBatchNorm keeps them equal already."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    for buffer, mean in zip(buffers, (flat / world).split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def environment():
+    """Versions and commit, for args.json."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit}
+
+
+def class_prior(data, neighborhood):
+    """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels of the class."""
+    agreement, pixels = torch.zeros(2, len(data.classes), dtype=torch.double)
+    for item in data.labeled:
+        mask = pil_to_tensor(read(item, data)[1])  # (1,H,W)
+        seen = torch.bincount(mask[mask != IGNORE].long(), minlength=len(data.classes))
+        agreement += seen * neighbor_agreement(mask, len(data.classes), neighborhood)
+        pixels += seen
+    return (agreement / pixels.clamp(min=1)).float()
+
+
+def progress(record, args, seconds_left):
+    """The log line of one record."""
+    parts = [f"step {record['step']:>{len(str(args.iters))}}/{args.iters}", f"loss {record['loss']:.3f}"]
+    if "kept" in record:
+        parts[-1] += f" = {record['loss_x']:.3f} + {args.lambda_u:g} x {record['loss_u']:.3f}"
+        parts.append(f"alpha {record['alpha']:.2f}  threshold {record['threshold']:.3f}")
+        parts.append(f"kept {record['kept']:.1%} (raw {record['kept_raw']:.1%})")
+        if "correct" in record:
+            parts.append(f"correct {record['correct']:.1%} (raw {record['correct_raw']:.1%})")
+    parts.append(f"{record['images_per_second']:.1f} images/s")
+    minutes, seconds = divmod(round(seconds_left), 60)
+    parts.append(f"{minutes // 60}h{minutes % 60:02d}m left" if minutes >= 60 else f"{minutes}m{seconds:02d}s left")
+    return "  ".join(parts)
+
+
+class Run:
+    """What one run holds: arguments, data, process, networks, optimizer; and its checkpoints."""
+
+    def __init__(self, args):
+        self.rank, self.world, self.device = start_processes(args.device)
+        fill_presets(args, self.device)
+        self.args, self.out = args, Path(args.out)
+        self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits)
+        resolve_lengths(args, self.data, self.device, self.world)
+        checkpoint = self.open_folder()
+
+        torch.manual_seed(args.seed)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            self.model = DeepLabV3Plus(args.backbone, len(self.data.classes), args.output_stride, args.weights)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.model.to(self.device, memory_format=torch.channels_last)
+        if self.world > 1 and self.device.type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.teacher = ema_teacher(self.model, args.ema)
+        groups = {True: [], False: []}
+        for name, parameter in self.model.named_parameters():
+            groups[name.startswith("backbone.")].append(parameter)
+        groups = [{"params": groups[True], "base": args.lr}, {"params": groups[False], "base": args.head_lr}]
+        self.optimizer = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=args.weight_decay, fused=self.device.type == "cuda")
+        self.prior = class_prior(self.data, args.neighborhood).to(self.device) if args.prior else None
+        self.options = refinement_options(vars(args), self.prior)
+        self.step, self.best = 0, -math.inf
+        if checkpoint:
+            self.restore(checkpoint)
+        self.student, self.predict = self.model.train(), self.teacher
+        if self.world > 1:
+            self.student = DistributedDataParallel(self.model, broadcast_buffers=False)
+        if args.compile:
+            self.student, self.predict = torch.compile(self.student), torch.compile(self.teacher)
+
+    def open_folder(self):
+        """Makes --out and writes args.json; with --resume returns the last checkpoint, if there is one."""
+        out, checkpoint = self.out, None
+        if (out / "args.json").exists() and not self.args.resume:
+            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another folder with --out")
+        if self.args.resume and (out / "last.pth").exists():
+            checkpoint = load_checkpoint(out / "last.pth")
+            if list(checkpoint["classes"]) != list(self.data.classes):
+                raise InputError(
+                    f"{out / 'last.pth'} predicts {len(checkpoint['classes'])} classes, {self.data.name} has "
+                    f"{len(self.data.classes)}; expected the run's own dataset, or another --out"
+                )
+            saved = checkpoint["args"]
+            changed = [name for name, value in vars(self.args).items() if name not in MAY_CHANGE and saved.get(name) != value]
+            if changed:
+                difference = ", ".join(f"{name} was {saved.get(name)} and is {getattr(self.args, name)}" for name in changed)
+                raise InputError(f"--resume: in {out}, {difference}; expected the same arguments, or another --out for another run")
+        if self.world > 1:
+            dist.barrier()  # every process has looked before one of them writes
+        if self.rank == 0:
+            (out / "panels").mkdir(parents=True, exist_ok=True)
+            metrics = out / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            kept = [line for line in lines if checkpoint and json.loads(line)["step"] <= checkpoint["step"]]
+            metrics.write_text("".join(f"{line}\n" for line in kept))
+            (out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
+            print(json.dumps(vars(self.args)), flush=True)
+        return checkpoint
+
+    def restore(self, checkpoint):
+        """Continues where the checkpoint was saved; schedules and randomness follow from the step alone."""
+        self.step, self.best = checkpoint["step"], checkpoint["best"]
+        self.model.load_state_dict(checkpoint["student"])
+        self.teacher.module.load_state_dict(checkpoint["teacher"])
+        self.teacher.n_averaged.fill_(checkpoint["updates"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+
+    def save(self, name):
+        """Writes a checkpoint aside and renames it, so that no moment leaves a broken one. Plain values and tensors only."""
+        state = {
+            "step": self.step, "best": self.best, "args": vars(self.args), "classes": list(self.data.classes),
+            "prior": self.prior, "student": self.model.state_dict(), "teacher": self.teacher.module.state_dict(),
+            "updates": int(self.teacher.n_averaged), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        torch.save(state, self.out / f"{name}.tmp")
+        os.replace(self.out / f"{name}.tmp", self.out / name)
+
+    def write(self, record):
+        """Appends one record to metrics.jsonl."""
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def log(self, losses, log, batch, seconds):
+        """One training line: means since the last one, figures of the last batch. Waits for the device; stops on NaN."""
+        args = self.args
+        record = {"event": "train", "step": self.step, "epoch": self.step / args.steps_per_epoch}
+        record["lr"] = self.optimizer.param_groups[0]["lr"]
+        record |= self.finite(losses, log)
+        if "pseudo" in log:
+            record["alpha"] = dpa_alpha(self.step - 1, args.iters, args.alpha0)
+            record |= pseudo_label_figures(log["prob"], log["pseudo"], batch, self.options)
+        record["seconds_per_step"] = seconds / len(losses)
+        images = sum(len(batch[view]) for view in ("x", "weak") if view in batch)
+        record["images_per_second"] = images * self.world / record["seconds_per_step"]
+        if self.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.rank == 0:
+            self.write(record)
+        return record
+
+    def finite(self, losses, log):
+        """The losses, averaged over the processes. Raises InputError, with its step, where one is not finite."""
+        names = [name for name in ("loss_x", "loss_u") if name in log]
+        values = torch.stack(losses + [log[name] for name in names])
+        if self.world > 1:
+            dist.all_reduce(values)
+        *values, = (values / self.world).tolist()
+        for step, value in enumerate(values[: len(losses)], self.step - len(losses) + 1):
+            if not math.isfinite(value):
+                last = self.out / "last.pth"
+                good = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
+                raise InputError(f"the loss of step {step} is {value}, training stopped, {good}; lower --lr and --head-lr")
+        return {"loss": sum(values[: len(losses)]) / len(losses)} | dict(zip(names, values[len(losses) :]))
+
+    def evaluate(self):
+        """Scores the teacher, saves last.pth and perhaps best.pth, draws the panel. Returns the scores."""
+        args, data = self.args, self.data
+        result = evaluate(self.teacher, data, data.val, self.device, args.workers, self.rank, self.world)
+        improved = result["miou"] > self.best
+        self.best = max(self.best, result["miou"])
+        if self.rank == 0:
+            self.write({"event": "val", "step": self.step, "epoch": self.step / args.steps_per_epoch} | result)
+            print(f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}", flush=True)
+            for name in ("last.pth", "best.pth")[: 1 + improved]:
+                self.save(name)
+            alpha = dpa_alpha(self.step, args.iters, args.alpha0)
+            sheet = panel(self.teacher, data, panel_items(data), self.device, alpha, self.options)
+            sheet.save(self.out / "panels" / f"step-{self.step:06d}.png")
+        return result
+
+
+def train(run):
+    """The loop: from run.step to --iters."""
+    args, optimizer = run.args, run.optimizer
+    loader = training_loader(
+        run.data, range(run.step, args.iters), args.batch_size, args.crop, args.framework, args.seed,
+        args.workers, run.rank, run.world, pin_memory=run.device.type == "cuda",
+    )  # fmt: skip
+    first, losses, paused, result = run.step, [], 0.0, None
+    began = since = time.perf_counter()
+    for step, batch in enumerate(loader, first):
+        batch = {name: value.to(run.device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+        rng = generator(args.seed, "step", step, run.rank)  # CutMix's boxes; dropout and random neighbors follow from it
+        torch.manual_seed(int(rng.integers(2**63)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.iters, group["base"], args.power)
+
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
+            loss, log = training_losses(run.student, run.predict, batch, step, args, run.options, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if run.world > 1 and run.device.type == "cpu":
+            average_batchnorm(run.model, run.world)
+        run.teacher.update_parameters(run.model)
+        if step < args.warmup_steps:
+            run.teacher.n_averaged.zero_()  # the next update is a copy again: averaging begins after the warm-up
+
+        losses.append(loss.detach())
+        run.step = step + 1
+        evaluating = run.step == args.iters or run.step % (args.eval_every * args.steps_per_epoch) == 0
+        if run.step % args.log_every == 0 or evaluating:
+            record = run.log(losses, log, batch, time.perf_counter() - since)
+            losses, since = [], time.perf_counter()
+            if run.rank == 0:
+                print(progress(record, args, (since - began - paused) / (run.step - first) * (args.iters - run.step)), flush=True)
+        if evaluating:
+            result = run.evaluate()
+            paused += time.perf_counter() - since
+            since = time.perf_counter()
+    if run.rank == 0:
+        last = run.out / "last.pth"
+        print(table(result) if result else f"nothing to do: {last} is at step {first} of {args.iters}")
+        print(f"score it again with: python evaluate.py {last}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# arguments
+
+MAY_CHANGE = {"resume", "out", "root", "splits", "workers", "device", "log_every", "eval_every", "compile"}
+
+
+def fill_presets(args, device):
+    """Options left out take the dataset's preset; the command line beats it."""
+    preset = PRESETS[args.dataset] | PRESETS.get((args.dataset, device.type), {})
+    if args.epochs or args.iters:
+        preset = {name: value for name, value in preset.items() if name not in ("epochs", "iters")}
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.amp is None:
+        args.amp = device.type == "cuda"
+    if args.out is None:
+        args.out = f"runs/{args.dataset}-{Path(args.labeled).stem}-{args.framework}-{args.seed}"
+
+
+def resolve_lengths(args, data, device, world):
+    """Epochs into steps. Raises InputError for a partition or batch that cannot be trained on."""
+    if args.framework != "supervised" and not data.unlabeled:
+        raise InputError(f"--labeled {args.labeled} leaves no unlabeled image; use --framework supervised, or fewer labels")
+    args.steps_per_epoch = math.ceil(len(data.unlabeled or data.labeled) / (args.batch_size * world))
+    args.iters = args.iters or args.epochs * args.steps_per_epoch
+    args.warmup_steps = args.warmup_epochs * args.steps_per_epoch
+    alone = args.batch_size == 1 and not (world > 1 and device.type == "cuda")
+    if alone and (args.framework == "supervised" or args.warmup_steps):
+        raise InputError(
+            "--batch-size 1 gives BatchNorm a single value per channel while only labeled images are trained on; "
+            "use --batch-size 2 or more"
+        )
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a number from low (or above it) to high."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            limit = f"{'more than' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def neighborhood(text):
+    """An argparse type: 3, 5, 7 or cross."""
+    return text if text == "cross" else int(text)
+
+
+def parse_args(argv=None):
+    """The command line. What is None here takes the preset of the dataset."""
+    switch = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    )  # fmt: skip
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
+    preset = "; default: the dataset's preset"
+
+    def option(group, name, text, **kwargs):
+        group.add_argument(name, help=text + (preset if kwargs.pop("preset", False) else ""), **kwargs)
+
+    data = parser.add_argument_group("data")
+    option(data, "--dataset", "shapes is drawn and needs no files", choices=DATASETS, default="shapes")
+    option(data, "--root", "folder that holds the dataset, or the dataset's own folder", default="data")
+    option(data, "--labeled", "a published list's number of images, any number where there is none, a file of ids, or all", preset=True)
+    option(data, "--splits", "folder of the published lists", default="splits")
+    option(data, "--crop", "side of the square training views, pixels", type=number(int, 32), preset=True)
+    option(data, "--workers", "loader processes, per process", type=number(int, 0), preset=True)
+
+    method = parser.add_argument_group("method")
+    option(method, "--framework", "strong view: fixmatch = colors and CutMix, cutmixseg = CutMix alone; supervised: no unlabeled images [paper]", choices=("fixmatch", "cutmixseg", "supervised"), default="fixmatch")
+    option(method, "--refinement", "Eqs. 7-10; without it: the baseline [paper]", action=switch, default=True)
+    option(method, "--neighborhood", "N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]", type=neighborhood, choices=(3, 5, 7, "cross"), default=3)
+    option(method, "--dilation", "distance between neighbors, pixels [ours]", type=count, default=1)
+    option(method, "--neighbors", "how many neighbors are united, Table 4a [paper]", type=count, default=1)
+    option(method, "--select", "which neighbor, Table 4a [paper]", choices=("max", "min", "random"), default="max")
+    option(method, "--distance-weight", "beta of Eq. 10; without it 1 [paper]", action=switch, default=True)
+    option(method, "--prior", "Eqs. 15-16, Appendix C; estimated from the labeled images [paper]", action=switch, default=False)
+    option(method, "--confidence", "Table 5 [paper]", choices=("margin", "max", "entropy"), default="margin")
+    option(method, "--alpha0", "share of pixels under the threshold at first, Eq. 6 [paper]", type=share, default=0.4)
+    option(method, "--threshold", "a fixed threshold in place of Eq. 6 [FixMatch: 0.95]", type=float)
+    option(method, "--lambda-u", "weight of the unlabeled loss, Eq. 1 [authors' code]", type=number(float, 0), default=1.0)
+    option(method, "--ema", "tau, Sec. 4.1 [paper]", type=share, default=0.99)
+    option(method, "--cutmix", "probability per image, Appendix D [paper]", type=share, default=0.5)
+    option(method, "--warmup-epochs", "epochs on labeled images alone [authors' code: 1]", type=number(int, 0), preset=True)
+
+    model = parser.add_argument_group("model")
+    option(model, "--backbone", "torchvision's ResNet; resnet10 is for CPUs [paper: resnet101]", choices=BACKBONES, preset=True)
+    option(model, "--weights", "imagenet, none, or a file with the state dict of torchvision's ResNet", preset=True)
+    option(model, "--output-stride", "8 needs more memory [authors' code: 8]", type=int, choices=(16, 8), default=16)
+
+    optimizer = parser.add_argument_group("optimizer")
+    length = optimizer.add_mutually_exclusive_group()
+    option(length, "--epochs", "passes over the unlabeled images", type=count, preset=True)
+    option(length, "--iters", "steps, instead of epochs", type=count, preset=True)
+    option(optimizer, "--batch-size", "images of each kind, labeled and unlabeled, per process", type=count, preset=True)
+    option(optimizer, "--lr", "of the backbone", type=positive, preset=True)
+    option(optimizer, "--head-lr", "of everything else", type=positive, preset=True)
+    option(optimizer, "--weight-decay", "of SGD with momentum 0.9", type=number(float, 0), preset=True)
+    option(optimizer, "--power", "of the learning rate's decay, Appendix D [paper]", type=number(float, 0), default=0.9)
+
+    run = parser.add_argument_group("run")
+    option(run, "--device", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), default="auto")
+    option(run, "--amp", "bfloat16 autocast; default: on CUDA", action=switch)
+    option(run, "--compile", "torch.compile the networks", action=switch, default=False)
+    option(run, "--deterministic", "ask PyTorch for deterministic kernels, at some cost; the CPU's are so already", action=switch, default=False)
+    option(run, "--seed", "of everything random", type=number(int, 0), default=0)
+    option(run, "--eval-every", "epochs between evaluations, each of which saves a checkpoint", type=count, preset=True)
+    option(run, "--log-every", "steps between log lines", type=count, preset=True)
+    option(run, "--out", "folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
+    option(run, "--resume", "continue the run in --out from its last checkpoint", action="store_true")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    stop_on_input_error(lambda: train(Run(parse_args())))
