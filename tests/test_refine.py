@@ -1,0 +1,281 @@
+"""refine.py against plain loops, closed forms and the paper's own numbers."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from refine import confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
+
+ROOT = Path(__file__).parent.parent
+
+
+def random_prob(batch=2, classes=4, height=6, width=5, seed=0):
+    logits = torch.randn(batch, classes, height, width, generator=torch.Generator().manual_seed(seed))
+    return (2 * logits).softmax(1)
+
+
+def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None):
+    """Eqs. 7-10 and 14-16 as the paper says them, one pixel and class at a time."""
+    batch, classes, height, width = prob.shape
+    out = prob.clone()
+    for b, c, y, x in itertools.product(*map(range, prob.shape)):
+        left = [(dy, dx, beta) for dy, dx, beta in grid if 0 <= y + dy < height and 0 <= x + dx < width]
+        p = prob[b, c, y, x].item()
+        for _ in range(neighbors):
+            unions = []
+            for dy, dx, beta in left:
+                q = prob[b, c, y + dy, x + dx].item()
+                joint = p * q if prior is None else max(p * q, p * prior[c].item())
+                unions.append(p + beta * (q - joint))
+            if not unions:
+                break
+            best = unions.index(max(unions) if select == "max" else min(unions))
+            p = unions[best]
+            del left[best]
+        out[b, c, y, x] = p
+    return out
+
+
+def test_refined_margin_matches_the_worked_example_of_section_3_2_1():
+    prob = torch.tensor([[0.5, 0.7], [0.5, 0.3]]).view(1, 2, 1, 2)  # the pixel, and its only neighbor
+    refined = refine(prob, distance_weight=False)
+    assert torch.allclose(refined[0, :, 0, 0], torch.tensor([0.85, 0.65]))
+    assert torch.allclose(confidence(refined)[0, 0, 0], torch.tensor(0.20))
+
+
+def test_beta_is_equation_10_counted_in_steps_of_the_grid():
+    beta = {(dy, dx): weight for dy, dx, weight in offsets(3)}
+    assert len(beta) == 8 and beta[0, 1] == pytest.approx(0.6065, abs=1e-4) and beta[1, 1] == pytest.approx(0.3679, abs=1e-4)
+    assert {(dy, dx): weight for dy, dx, weight in offsets(3, dilation=4)} == {(4 * dy, 4 * dx): w for (dy, dx), w in beta.items()}
+    assert {weight for *_, weight in offsets(7, distance_weight=False)} == {1.0}
+    assert [len(offsets(n)) for n in (3, 5, 7, "cross")] == [8, 24, 48, 4]
+
+
+@pytest.mark.parametrize("neighborhood", [3, 5, 7, "cross"])
+@pytest.mark.parametrize("select", ["max", "min"])
+@pytest.mark.parametrize("neighbors", [1, 2, 5])
+def test_refinement_equals_a_plain_loop_over_pixels(neighborhood, select, neighbors):
+    prob = random_prob()
+    for prior in (None, torch.tensor([0.0, 0.3, 0.9, 1.0])):
+        for weight, dilation in ((True, 1), (False, 1), (True, 2)):
+            fast = refine(prob, neighborhood, neighbors, select, prior, weight, dilation)
+            slow = refine_pixel_by_pixel(prob, offsets(neighborhood, dilation, weight), neighbors, select, prior)
+            torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("neighbors", [1, 2])
+def test_random_selection_takes_one_position_inside_the_image_for_all_classes(neighbors):
+    prob = random_prob(height=3, width=4)
+    refined = refine(prob, neighbors=neighbors, select="random", generator=torch.Generator().manual_seed(1))
+    for b, y, x in itertools.product(range(2), range(3), range(4)):
+        inside = [(dy, dx, beta) for dy, dx, beta in offsets(3) if 0 <= y + dy < 3 and 0 <= x + dx < 4]
+        candidates = []
+        for path in itertools.permutations(inside, neighbors):
+            p = prob[b, :, y, x]
+            for dy, dx, beta in path:
+                q = prob[b, :, y + dy, x + dx]
+                p = p + beta * (q - p * q)
+            candidates.append(p)
+        distance = (torch.stack(candidates) - refined[b, :, y, x]).abs().amax(1).min()
+        assert distance < 1e-6, (b, y, x)
+
+
+def test_random_selection_is_uniform_over_the_neighbors_that_exist():
+    prob = torch.zeros(4000, 1, 2, 2)
+    prob[..., 0, 1], prob[..., 1, 0], prob[..., 1, 1] = 0.2, 0.5, 0.8
+    corner = refine(prob, select="random", distance_weight=False, generator=torch.Generator().manual_seed(0))[:, 0, 0, 0]
+    shares = [(corner - value).abs().lt(1e-6).float().mean().item() for value in (0.2, 0.5, 0.8)]
+    assert sum(shares) == pytest.approx(1) and all(share == pytest.approx(1 / 3, abs=0.03) for share in shares)
+
+
+def test_a_seeded_generator_repeats_the_random_selection():
+    draws = [refine(random_prob(), select="random", generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_under_independence_refinement_never_lowers_and_never_exceeds_one():
+    prob = random_prob(4, 5, 8, 8)
+    for select, neighborhood, k in itertools.product(("max", "min", "random"), (3, 5, 7, "cross"), (1, 3)):
+        refined = refine(prob, neighborhood, k, select)
+        assert (refined >= prob).all() and (refined <= 1).all()
+
+
+def test_refinement_grows_with_a_neighbor_s_probability():
+    prob = random_prob(1, 3, 5, 5)
+    surer = prob.clone()
+    surer[:, 1, 2, 2] += 0.2
+    assert (refine(surer)[:, 1] >= refine(prob)[:, 1]).all()
+    assert (refine(surer)[:, 1, 1, 1] >= refine(prob)[:, 1, 1, 1]).all()
+
+
+@pytest.mark.parametrize("select", ["max", "min", "random"])
+def test_neighbors_outside_the_image_do_not_exist(select):
+    prob = random_prob(1, 3, 1, 1)
+    assert torch.equal(refine(prob, select=select), prob)
+    assert torch.equal(refine(random_prob(), 3, select=select, dilation=9), random_prob())
+    flat = torch.full((1, 2, 4, 4), 0.5)  # every neighbor says the same, so borders must look like the middle
+    refined = refine(flat, select=select, distance_weight=False)
+    assert torch.allclose(refined, torch.full_like(flat, 0.75))
+
+
+def test_the_prior_raises_the_joint_probability_and_so_lowers_the_union():
+    prob = random_prob()
+    loose, tight = refine(prob), refine(prob, prior=torch.full((4,), 0.9))
+    assert (tight <= loose).all() and (tight < loose).any()
+    assert torch.equal(refine(prob, prior=torch.zeros(4)), loose)
+
+
+def test_confidences_match_their_equations():
+    prob = random_prob(2, 6)
+    top = prob.topk(2, dim=1).values
+    torch.testing.assert_close(confidence(prob, "margin"), top[:, 0] - top[:, 1])
+    torch.testing.assert_close(confidence(prob, "max"), top[:, 0])
+    torch.testing.assert_close(confidence(prob, "entropy"), (prob * prob.log()).sum(1))
+    certain = torch.eye(3)[0].view(1, 3, 1, 1)
+    assert [confidence(certain, kind).item() for kind in ("margin", "max", "entropy")] == [1, 1, 0]
+
+
+def test_neighbor_agreement_equals_a_plain_count():
+    labels = torch.randint(0, 3, (2, 6, 7), generator=torch.Generator().manual_seed(0))
+    labels[0, :2], labels[1, 3, 3] = 255, 255
+    for neighborhood in (3, "cross"):
+        same, pairs = torch.zeros(4), torch.zeros(4)
+        for b, y, x in itertools.product(range(2), range(6), range(7)):
+            for dy, dx, _ in offsets(neighborhood):
+                if 0 <= y + dy < 6 and 0 <= x + dx < 7 and 255 not in (labels[b, y, x], labels[b, y + dy, x + dx]):
+                    pairs[labels[b, y, x]] += 1
+                    same[labels[b, y, x]] += labels[b, y, x] == labels[b, y + dy, x + dx]
+        expected = torch.where(pairs > 0, same / pairs, 0)
+        torch.testing.assert_close(neighbor_agreement(labels, 4, neighborhood), expected)
+        torch.testing.assert_close(neighbor_agreement(labels.to(torch.uint8), 4, neighborhood), expected)
+
+
+def test_alpha_falls_linearly_to_zero():
+    assert [dpa_alpha(step, 100) for step in (0, 50, 100)] == pytest.approx([0.4, 0.2, 0])
+    assert dpa_alpha(25, 100, alpha0=0.2) == pytest.approx(0.15)
+
+
+DISTRIBUTIONS = {
+    "uniform": lambda n: torch.rand(n),
+    "nine tenths within 1e-4 of 1": lambda n: torch.where(torch.rand(n) < 0.9, 1 - 1e-4 * torch.rand(n), torch.rand(n)),
+    "entropies": lambda n: -5 * torch.rand(n) ** 4,
+    "tiny": lambda n: 1e-30 * torch.rand(n),
+    "around zero": lambda n: torch.randn(n),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_threshold_is_the_exact_quantile_for_any_distribution(name):
+    torch.manual_seed(0)
+    conf = DISTRIBUTIONS[name](3 * 40 * 50).view(3, 40, 50)
+    valid = torch.rand(3, 40, 50) < 0.8
+    for alpha in (0, 0.001, 0.2, 0.4, 0.999, 1):
+        expected = torch.quantile(conf[valid].double(), alpha, interpolation="lower")
+        assert dpa_threshold(conf, alpha, valid).double() == expected
+    assert dpa_threshold(conf, 0.4).double() == torch.quantile(conf.double(), 0.4, interpolation="lower")
+
+
+def test_threshold_takes_more_pixels_than_torch_quantile_accepts():
+    conf = torch.rand(2**24 + 4096, generator=torch.Generator().manual_seed(0)).view(-1, 4096)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(conf, 0.4)
+    threshold = dpa_threshold(conf, 0.4)
+    assert (conf < threshold).float().mean().item() == pytest.approx(0.4, abs=1e-5)
+
+
+def test_without_a_valid_pixel_nothing_passes():
+    prob, nowhere = random_prob(), torch.zeros(2, 6, 5, dtype=torch.bool)
+    assert dpa_threshold(confidence(prob), 0.4, nowhere) == math.inf
+    pseudo = pseudo_labels(prob, 0.4, valid=nowhere)
+    assert not pseudo.keep.any() and (pseudo.label == 255).all()
+
+
+def _threshold_of_one_process(rank, world, path, conf, valid, queue):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    queue.put((rank, dpa_threshold(conf[rank::world], 0.3, valid[rank::world]).item()))
+    dist.destroy_process_group()
+
+
+def test_threshold_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    conf = torch.rand(4, 9, 9) ** torch.tensor([1.0, 8.0, 1.0, 8.0]).view(4, 1, 1)  # the halves differ much
+    valid = torch.rand(4, 9, 9) < 0.7
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_threshold_of_one_process, (2, tmp_path / "store", conf, valid, queue), nprocs=2)
+    expected = dpa_threshold(conf, 0.3, valid).item()
+    assert {queue.get(), queue.get()} == {(0, expected), (1, expected)}
+
+
+def test_the_threshold_comes_from_raw_and_the_decision_from_refined_probabilities():
+    prob = random_prob(2, 4, 16, 16)
+    for kind in ("margin", "max", "entropy"):
+        pseudo = pseudo_labels(prob, 0.4, kind=kind, neighborhood=5)
+        refined = refine(prob, 5)
+        assert pseudo.threshold == dpa_threshold(confidence(prob, kind), 0.4)
+        assert torch.equal(pseudo.confidence, confidence(refined, kind))
+        assert torch.equal(pseudo.keep, confidence(refined, kind) > pseudo.threshold)
+        assert torch.equal(pseudo.label, torch.where(pseudo.keep, refined.argmax(1), 255))
+    share = pseudo_labels(prob, 0.4).keep.float().mean()
+    assert share != pytest.approx(0.6, abs=0.01)  # refinement moved pixels across the raw threshold
+
+
+def test_without_refinement_alpha_is_the_share_left_out():
+    pseudo = pseudo_labels(random_prob(2, 4, 50, 50), 0.4, refinement=False)
+    assert pseudo.keep.float().mean().item() == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_fixed_threshold_replaces_the_quantile():
+    prob = random_prob()
+    pseudo = pseudo_labels(prob, None, kind="max", threshold=0.95, refinement=False)
+    assert torch.equal(pseudo.keep, prob.amax(1) > 0.95) and pseudo.threshold.item() == pytest.approx(0.95)
+
+
+def test_padding_reaches_neither_label_nor_quantile():
+    prob, valid = random_prob(), torch.ones(2, 6, 5, dtype=torch.bool)
+    valid[:, :, 3:] = False
+    other = prob.clone()
+    other[:, :, :, 3:] = torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1)
+    one, two = (pseudo_labels(p, 0.4, valid=valid, refinement=False) for p in (prob, other))
+    assert one.threshold == two.threshold and torch.equal(one.label, two.label)
+    assert (one.label[~valid] == 255).all() and not one.keep[~valid].any()
+
+
+def test_functions_leave_their_inputs_as_they_were():
+    prob = random_prob()
+    before = prob.clone()
+    pseudo_labels(prob, 0.4, neighbors=2, prior=torch.full((4,), 0.5))
+    assert torch.equal(prob, before)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda p: confidence(p, "gap"), "expected 'margin', 'max' or 'entropy'"),
+        (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
+        (lambda p: refine(p, select="best"), "expected 'max', 'min' or 'random'"),
+        (lambda p: refine(p, neighbors=0), "expected 1 or more"),
+        (lambda p: refine(p, dilation=0), "expected 1 or more"),
+        (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),
+        (lambda p: refine(p, prior=torch.ones(3)), "expected one number per class"),
+        (lambda p: dpa_threshold(p, 1.5), "expected a share from 0 to 1"),
+        (lambda p: neighbor_agreement(torch.tensor([[[0, 7]]]), 4), "outside 0..3 and 255"),
+    ],
+)
+def test_wrong_options_get_one_sentence(call, says):
+    with pytest.raises(ValueError) as error:
+        call(random_prob())
+    assert says in str(error.value)
+
+
+def test_refine_py_works_alone(tmp_path):
+    (tmp_path / "refine.py").write_text((ROOT / "refine.py").read_text())
+    code = "import torch, refine; print(refine.pseudo_labels(torch.rand(1, 3, 4, 4).softmax(1), 0.4).label.shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.stdout.strip() == "torch.Size([1, 4, 4])", done.stderr
