@@ -20,7 +20,6 @@ from torchvision.transforms.v2 import functional as VF
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
-SCALES = (0.5, 2.0)  # random resizing of every training image; the field's usual range
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step"))}
 
@@ -42,6 +41,7 @@ class Data(NamedTuple):
 
     name: str
     classes: tuple  # names, by class index
+    scales: tuple  # random resizing of its training images, smallest and largest factor
     values: np.ndarray  # (256,) uint8: class of each mask value, 255 = ignore, 254 = not allowed
     labeled: list
     unlabeled: list  # their masks, where there are any, serve for figures alone
@@ -65,23 +65,21 @@ def palette():
 
 SHAPES_SIZE = 96  # pixels
 SHAPES_TRAIN, SHAPES_VAL = 480, 96  # images
-FORMS, TEXTURES = ("disc", "square", "triangle"), ("striped", "checked")
+FORMS, TEXTURES = ("disc", "triangle"), ("striped", "checked", "dotted")
 
 
 def _distance(form, u, v, radius):
     """Signed distance in pixels from the form's outline, negative inside; (u, v) are centered and rotated."""
     if form == "disc":
         return np.hypot(u, v) - radius
-    if form == "square":
-        return np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
     sides = [u * np.cos(angle) + v * np.sin(angle) for angle in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
     return np.maximum.reduce(sides) - 0.6 * radius
 
 
 def _texture(texture, u, v, period, phase):
     """True where the second of an object's two colors shows."""
-    waves = np.sin(2 * np.pi * u / period + phase)
-    return waves > 0 if texture == "striped" else waves * np.sin(2 * np.pi * v / period + phase) > 0
+    one, two = np.sin(2 * np.pi * u / period + phase), np.sin(2 * np.pi * v / period + phase)
+    return {"striped": one > 0, "checked": one * two > 0, "dotted": one + two > 0.9}[texture]
 
 
 @lru_cache(maxsize=None)  # 37 kB each
@@ -110,10 +108,10 @@ def draw_shapes(index):
         kind = rng.integers(len(FORMS) * len(TEXTURES))
         form, texture = FORMS[kind // len(TEXTURES)], TEXTURES[kind % len(TEXTURES)]
         u, v = placed()
-        radius, period = rng.uniform(12, 30), rng.uniform(5, 9)
+        radius, period = rng.uniform(14, 32), rng.uniform(8, 11)
         distance = _distance(form, u, v, radius)
-        one = rng.uniform(0, 1, 3)
-        two = (one + rng.uniform(0.3, 0.7, 3)) % 1
+        one = rng.uniform(0.5, 1, 3)  # bright where the texture is, dark between: the same hue
+        two = one * rng.uniform(0.1, 0.4)
         colors = np.where(_texture(texture, u, v, period, rng.uniform(0, 2 * np.pi))[..., None], one, two)
         image = np.where((distance < 0)[..., None], colors, image)
         mask[distance < 1] = IGNORE
@@ -161,11 +159,12 @@ class Spec(NamedTuple):
 
     classes: tuple
     list_items: Callable  # root -> {"train": [Item], "val": [Item]}
+    scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
     void: tuple = ()  # mask values besides 255 that mean ignore
 
 
 DATASETS = {
-    "shapes": Spec(("background", *(f"{texture} {form}" for form in FORMS for texture in TEXTURES)), list_shapes),
+    "shapes": Spec(("background", *(f"{texture} {form}" for form in FORMS for texture in TEXTURES)), list_shapes, scales=(0.75, 1.5)),
     "camvid": Spec(
         ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist"),
         list_camvid,
@@ -200,6 +199,7 @@ def open_dataset(name, root, labeled, splits="splits"):
     data = Data(
         name,
         spec.classes,
+        spec.scales,
         mask_values(len(spec.classes), spec.void),
         [item for item in items["train"] if item.id in chosen],
         [item for item in items["train"] if item.id not in chosen],
@@ -289,13 +289,13 @@ def read(item, data):
 # augmentation
 
 
-def random_view(image, mask, crop, rng):
+def random_view(image, mask, crop, scales, rng):
     """Random scale, crop and flip of an image and its mask together: the weak view.
 
     Returns uint8 tensors image (3,crop,crop), mask (crop,crop) and the bool valid (crop,crop), False on padding, where
     the mask is 255. Only the part of the image that the crop shows is resized.
     """
-    scale = rng.uniform(*SCALES)
+    scale = rng.uniform(*scales)
     full = [max(1, round(side * scale)) for side in image.size]  # width, height
     start = [int(rng.integers(min(0, side - crop), max(0, side - crop) + 1)) for side in full]  # < 0: padding before
     low = [max(s, 0) for s in start]
@@ -386,7 +386,7 @@ class TrainingViews(Dataset):
     def __getitem__(self, n):
         rng = generator(self.seed, "view_x", n)
         item = drawn(self.data.labeled, self.seed, "order_x", n)
-        x, y, _ = random_view(*read(item, self.data), self.crop, rng)
+        x, y, _ = random_view(*read(item, self.data), self.crop, self.data.scales, rng)
         sample = {"x": x, "y": y, "id_x": item.id}
         if self.framework == "supervised":
             return sample
@@ -397,7 +397,7 @@ class TrainingViews(Dataset):
             mask = Image.new("L", image.size, IGNORE)
         else:
             image, mask = read(item, self.data)
-        weak, truth, valid = random_view(image, mask, self.crop, rng)
+        weak, truth, valid = random_view(image, mask, self.crop, self.data.scales, rng)
         sample |= {"weak": weak, "truth": truth, "valid": valid, "id_u": item.id}
         if self.framework == "fixmatch":
             sample["strong"] = strong_view(weak, rng)
@@ -411,10 +411,10 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
     than any view of the first labeled image could fill.
     """
     side = max(read_image(data.labeled[0]).size)
-    if crop > SCALES[1] * side:
+    if crop > data.scales[1] * side:
         raise InputError(
             f"--crop {crop} is larger than the images can fill: {data.labeled[0].id} is {side} pixels long and at most "
-            f"{SCALES[1]:g} times as large when resized; expected at most {int(SCALES[1] * side)}"
+            f"{data.scales[1]:g} times as large when resized; expected at most {int(data.scales[1] * side)}"
         )
     views = TrainingViews(data, crop, framework, seed)
     batches = [range((t * world + rank) * batch_size, (t * world + rank + 1) * batch_size) for t in steps]

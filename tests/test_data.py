@@ -1,0 +1,278 @@
+"""data.py: the drawn dataset, partitions, views, mixing, and what it says about bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as D
+from data import InputError, Item, cutmix, draw_shapes, drawn, generator, open_dataset, palette, random_view, read, training_loader
+
+
+def camvid(root, train=4, val=2, size=(40, 30)):
+    """A little CamVid tree: masks are upper half 0, lower half 3, last row void (11); images show the mask."""
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    mask[size[1] // 2 :], mask[-1] = 3, 11
+    for split, count in (("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        (root / f"{split}annot").mkdir()
+        for i in range(count):
+            Image.fromarray(np.stack([mask * 20 + i] * 3, 2)).save(root / split / f"{split}{i}.png")
+            Image.fromarray(mask).save(root / f"{split}annot" / f"{split}{i}.png")
+    return root
+
+
+def test_shapes_are_a_pure_function_of_their_index():
+    image, mask = draw_shapes(7)
+    draw_shapes.cache_clear()
+    again, same = draw_shapes(7)
+    assert np.array_equal(image, again) and np.array_equal(mask, same)
+    assert not np.array_equal(image, draw_shapes(8)[0])
+
+
+def test_shapes_hold_every_class_and_a_255_border_around_objects():
+    masks = np.stack([draw_shapes(i)[1] for i in range(60)])
+    assert set(np.unique(masks)) == {0, 1, 2, 3, 4, 5, 6, 255}
+    assert len(D.DATASETS["shapes"].classes) == 7
+    beside = (masks[:, :, 1:] != masks[:, :, :-1]) & (masks[:, :, 1:] != 255) & (masks[:, :, :-1] != 255)
+    assert beside.mean() < 0.002  # classes hardly ever touch without a border between them
+
+
+def test_color_says_nothing_about_the_class_of_a_shape():
+    means = {c: [] for c in range(1, 7)}
+    for i in range(300):
+        image, mask = map(np.asarray, draw_shapes(i))
+        for c in set(np.unique(mask)) - {0, 255}:
+            means[c].append(image[mask == c].mean(0))
+    for values in means.values():
+        assert np.abs(np.mean(values, 0) - 128).max() < 20
+
+
+def test_the_unlabeled_images_are_the_training_images_that_are_not_labeled():
+    data = open_dataset("shapes", "nowhere", 12)
+    labeled, unlabeled, val = ({item.id for item in items} for items in (data.labeled, data.unlabeled, data.val))
+    assert len(labeled) == 12 and not labeled & unlabeled and not (labeled | unlabeled) & val
+    assert len(labeled | unlabeled) == D.SHAPES_TRAIN and len(val) == D.SHAPES_VAL
+    assert [item.image for item in data.labeled] == [i * 40 for i in range(12)]  # evenly spaced
+
+
+def test_camvid_is_found_in_the_root_or_below_it_and_void_is_ignored(tmp_path):
+    camvid(tmp_path / "camvid")
+    for root in (tmp_path, tmp_path / "camvid"):
+        data = open_dataset("camvid", root, 2)
+        assert (len(data.labeled), len(data.unlabeled), len(data.val)) == (2, 2, 2)
+    image, mask = read(data.labeled[0], data)
+    assert set(np.unique(mask)) == {0, 3, 255} and (np.asarray(mask)[-1] == 255).all()
+
+
+def test_unlabeled_images_need_no_mask(tmp_path):
+    root = camvid(tmp_path)
+    (root / "trainannot" / "train1.png").unlink()
+    data = open_dataset("camvid", root, 2)
+    assert [item.id for item in data.unlabeled] == ["train1", "train3"] and data.unlabeled[0].mask is None
+    views = D.TrainingViews(data, 32, "fixmatch", 0)
+    samples = [views[n] for n in range(6)]
+    assert {s["id_u"] for s in samples} == {"train1", "train3"}
+    assert all((s["truth"] == 255).all() for s in samples if s["id_u"] == "train1")
+
+
+def test_a_file_of_ids_is_a_partition(tmp_path):
+    root = camvid(tmp_path / "camvid")
+    (tmp_path / "mine.txt").write_text("train3\ntrain0\n")
+    assert [item.id for item in open_dataset("camvid", root, tmp_path / "mine.txt").labeled] == ["train0", "train3"]
+
+
+def test_a_published_list_beats_even_spacing(tmp_path):
+    root = camvid(tmp_path / "root")
+    (tmp_path / "splits" / "camvid").mkdir(parents=True)
+    (tmp_path / "splits" / "camvid" / "1.txt").write_text("train2\n")
+    assert [item.id for item in open_dataset("camvid", root, 1, tmp_path / "splits").labeled] == ["train2"]
+    with pytest.raises(InputError, match=r"no list of 3 labeled images; expected one of \[1\]"):
+        open_dataset("camvid", root, 3, tmp_path / "splits")
+
+
+def numbered_image(width, height):
+    """An image whose red and green are its own coordinates, and a mask that follows them."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    image = np.stack([x, y, np.full_like(x, 255)], 2).astype(np.uint8)
+    return Image.fromarray(image), Image.fromarray((x // 50 + 4 * (y // 50)).astype(np.uint8))
+
+
+def test_a_view_keeps_image_and_mask_together_and_marks_its_padding():
+    image, mask = numbered_image(150, 100)
+    for seed in range(40):
+        view, label, valid = random_view(image, mask, 120, (0.5, 2.0), np.random.default_rng(seed))
+        assert view.shape == (3, 120, 120) and label.shape == valid.shape == (120, 120)
+        assert torch.equal(valid, view[2] == 255) and torch.equal(label == 255, ~valid)
+        expected = view[0].long() // 50 + 4 * (view[1].long() // 50)
+        inside = valid & ((view[:2].long() + 4) % 50 > 8).all(0)  # interpolation may round at the edges of the tiles
+        assert torch.equal(label.long()[inside], expected[inside])
+
+
+def test_a_view_is_the_crop_of_the_whole_resized_image():
+    image, mask = numbered_image(200, 160)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        view, _, valid = random_view(image, mask, 64, (0.5, 2.0), rng)
+        rng = np.random.default_rng(seed)
+        scale = rng.uniform(0.5, 2.0)
+        width, height = round(200 * scale), round(160 * scale)
+        left, top = (int(rng.integers(0, side - 64 + 1)) for side in (width, height))
+        whole = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[top : top + 64, left : left + 64]
+        whole = torch.from_numpy(whole.copy()).permute(2, 0, 1)
+        whole = whole.flip(-1) if rng.random() < 0.5 else whole
+        assert valid.all() and (view.int() - whole.int()).abs().max() <= 1
+
+
+def test_scales_and_flips_are_spread_as_promised():
+    image, mask = numbered_image(100, 100)
+    flips, steps = 0, []
+    for seed in range(400):
+        view, _, valid = random_view(image, mask, 32, (0.5, 2.0), np.random.default_rng(seed))
+        slope = (view[0, 16, -1].item() - view[0, 16, 0].item()) / 31
+        flips += slope < 0
+        steps.append(1 / abs(slope))
+    assert 160 < flips < 240 and 0.45 < min(steps) < 0.6 and 1.8 < max(steps) < 2.3
+    assert np.mean(steps) == pytest.approx(1.25, abs=0.08)
+
+
+def test_the_strong_view_changes_colors_and_nothing_else():
+    weak = random_view(*numbered_image(150, 150), 64, (0.5, 2.0), np.random.default_rng(0))[0]
+    strong = [D.strong_view(weak, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(view.shape == weak.shape and view.dtype == torch.uint8 for view in strong)
+    assert sum(not torch.equal(view, weak) for view in strong) > 15
+    assert torch.equal(D.strong_view(weak, np.random.default_rng(3)), strong[3])
+
+
+def test_mixing_moves_image_and_label_together():
+    labels = torch.arange(4).view(4, 1, 1).expand(4, 40, 60).clone()
+    images = labels[:, None].repeat(1, 3, 1, 1).float()
+    mixed = 0
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        image, label = cutmix(images, labels, rng)
+        assert torch.equal(image, label[:, None].expand(-1, 3, -1, -1).float())
+        for i in range(4):
+            foreign = (label[i] != i).float().mean().item()
+            mixed += foreign > 0
+            assert set(label[i].unique().tolist()) <= {i, (i + 1) % 4} and (foreign == 0 or foreign == pytest.approx(0.5, abs=0.03))
+    assert 70 < mixed < 130  # of 200, with probability one half
+    assert torch.equal(labels, torch.arange(4).view(4, 1, 1).expand(4, 40, 60))
+
+
+def test_mixing_a_batch_of_one_changes_nothing():
+    image, label = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
+    assert all(torch.equal(a, b) for a, b in zip(cutmix(image, label, np.random.default_rng(0), 1.0), (image, label)))
+
+
+def test_every_pass_draws_every_image_once_and_in_another_order():
+    items = [Item(str(i), i, None) for i in range(7)]
+    passes = [[drawn(items, 0, "order_u", 7 * epoch + place).id for place in range(7)] for epoch in range(3)]
+    assert all(sorted(order) == [item.id for item in items] for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def batches(steps, workers=0, rank=0, world=1, batch_size=2, seed=0):
+    data = open_dataset("shapes", "", 3)
+    return list(training_loader(data, steps, batch_size, 32, "fixmatch", seed, workers, rank, world))
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one)
+
+
+def test_neither_workers_nor_an_interruption_change_a_batch():
+    whole = batches(range(4))
+    assert all(map(same, whole, batches(range(4), workers=2)))
+    assert all(map(same, whole[2:], batches(range(2, 4))))
+    assert not same(whole[0], batches(range(1), seed=1)[0])
+
+
+def test_two_processes_see_together_what_one_sees():
+    for step in zip(batches(range(3), batch_size=4), batches(range(3), rank=0, world=2), batches(range(3), rank=1, world=2)):
+        for name in ("x", "y", "weak", "strong", "valid", "truth"):
+            assert torch.equal(step[0][name], torch.cat([step[1][name], step[2][name]]))
+
+
+def test_evaluation_shares_hold_every_image_exactly_once():
+    data = open_dataset("shapes", "", 3)
+    shares = [D.evaluation_loader(data, data.val, rank=rank, world=5).dataset.items for rank in range(5)]
+    assert sorted(item.id for share in shares for item in share) == [item.id for item in data.val]
+
+
+def test_the_palette_is_pascal_s():
+    colors = palette()
+    assert colors[[0, 1, 2, 15, 20, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+
+
+def broken(root, what):
+    """Breaks one thing in a little CamVid tree."""
+    image, mask = root / "train" / "train0.png", root / "trainannot" / "train0.png"
+    if what == "truncated image":
+        image.write_bytes(image.read_bytes()[:60])
+    elif what == "text as image":
+        image.write_text("not an image")
+    elif what == "value outside the classes":
+        Image.fromarray(np.full((30, 40), 77, np.uint8)).save(mask)
+    elif what == "other size":
+        Image.fromarray(np.zeros((30, 41), np.uint8)).save(mask)
+    elif what == "color mask":
+        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(mask)
+    return root
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("truncated image", r"train0\.png could not be read \(.*\); replace the file"),
+        ("text as image", r"train0\.png could not be read \(.*\); replace the file"),
+        ("value outside the classes", r"trainannot/train0\.png holds the value 77; expected class indices 0 to 10 and 255"),
+        ("other size", r"trainannot/train0\.png is 41 x 30, its image 40 x 30; expected the same size"),
+        ("color mask", r"trainannot/train0\.png is a RGB image; expected one class index per pixel"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, what, says):
+    data = open_dataset("camvid", broken(camvid(tmp_path), what), "all")
+    with pytest.raises(InputError, match=says):
+        read(data.labeled[0], data)
+
+
+def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
+    root = camvid(tmp_path / "good")
+    for labeled, says in (
+        (5, "--labeled 5 is impossible; expected 1 to 4"),
+        (0, "--labeled 0 is impossible; expected 1 to 4"),
+        ("no.txt", "not a number and no such file exists"),
+    ):
+        with pytest.raises(InputError, match=says):
+            open_dataset("camvid", root, labeled)
+    (tmp_path / "list.txt").write_text("train0\nnobody\n")
+    with pytest.raises(InputError, match=r"names 2 images, 1 of them not among the 4 training images \(first nobody\)"):
+        open_dataset("camvid", root, tmp_path / "list.txt")
+    with pytest.raises(InputError, match="dataset 'mnist' is unknown; expected one of shapes, camvid"):
+        open_dataset("mnist", root, 1)
+    with pytest.raises(InputError, match="is not there; expected a folder that holds train/, trainannot/"):
+        open_dataset("camvid", tmp_path / "nowhere", 1)
+    for path in (root / "valannot").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="2 of 2 validation images of camvid have no mask, first val0, val1"):
+        open_dataset("camvid", root, 1)
+    (root / "valannot").rmdir()
+    with pytest.raises(InputError, match="lacks valannot/; expected train/, trainannot/, val/, valannot/"):
+        open_dataset("camvid", root, 1)
+
+
+def test_an_empty_folder_and_a_labeled_image_without_mask_get_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="holds no train images of camvid"):
+        open_dataset("camvid", camvid(tmp_path / "empty", train=0), 1)
+    root = camvid(tmp_path / "partial")
+    (root / "trainannot" / "train0.png").unlink()
+    with pytest.raises(InputError, match="1 of 4 labeled images of camvid have no mask, first train0; add a PNG"):
+        open_dataset("camvid", root, "all")
+
+
+def test_a_crop_that_no_image_can_fill_is_refused(tmp_path):
+    data = open_dataset("camvid", camvid(tmp_path), 2)
+    with pytest.raises(InputError, match="--crop 81 is larger than the images can fill: train0 is 40 pixels long.*at most 80"):
+        training_loader(data, range(1), 2, 81, "fixmatch", 0)
+    assert len(training_loader(data, range(1), 2, 80, "fixmatch", 0)) == 1
