@@ -110,8 +110,9 @@ def draw_shapes(index):
         u, v = placed()
         radius, period = rng.uniform(14, 32), rng.uniform(8, 11)
         distance = _distance(form, u, v, radius)
-        one = rng.uniform(0.5, 1, 3)  # bright where the texture is, dark between: the same hue
+        one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, whichever way round
         two = one * rng.uniform(0.1, 0.4)
+        one, two = (one, two) if rng.random() < 0.5 else (two, one)
         colors = np.where(_texture(texture, u, v, period, rng.uniform(0, 2 * np.pi))[..., None], one, two)
         image = np.where((distance < 0)[..., None], colors, image)
         mask[distance < 1] = IGNORE
