@@ -20,7 +20,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
 from model import DeepLabV3Plus
-from refine import dpa_alpha, pseudo_labels
+from refine import confidence, dpa_alpha, pseudo_labels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # scores
@@ -99,7 +99,11 @@ def panel(model, data, items, device, alpha, options):
     rows = []
     for image, truth in evaluation_loader(data, items):
         prob = model(normalize(image.to(device))).float().softmax(1)
-        raw, refined = (pseudo_labels(prob, alpha, **options | {"refinement": on}) for on in (False, True))
+        threshold = options["threshold"]
+        if threshold is None:  # not dpa_threshold, which would wait for the other processes
+            conf = confidence(prob, options["kind"]).flatten()
+            threshold = conf.kthvalue(1 + int(alpha * (len(conf) - 1))).values
+        raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on, "threshold": threshold}) for on in (False, True))
         sure = [pseudo.confidence[0].cpu() for pseudo in (raw, refined)]
         if options["kind"] == "entropy":
             sure = [1 + conf / math.log(len(data.classes)) for conf in sure]

@@ -1,0 +1,340 @@
+"""train.py: the losses, what may and may not reach them, two processes, resuming, and whole runs through the scripts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import train as T
+from data import InputError
+from evaluate import stop_on_input_error
+from test_data import camvid
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(**changes):
+    return SimpleNamespace(**{"framework": "fixmatch", "warmup_steps": 0, "iters": 10, "alpha0": 0.4, "lambda_u": 1.0, "cutmix": 0.5} | changes)
+
+
+def little_batch(batch=4, size=12, classes=3, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    images = {name: torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng) for name in ("x", "weak", "strong")}
+    labels = {name: torch.randint(0, classes, (batch, size, size), dtype=torch.uint8, generator=rng) for name in ("y", "truth")}
+    labels["y"][0, :5] = 255
+    return images | labels | {"valid": torch.rand(batch, size, size, generator=rng) < 0.9}
+
+
+def networks(seed=0, classes=3):
+    torch.manual_seed(seed)
+    return [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1)) for _ in range(2)]
+
+
+def losses(batch, step=3, options=None, **changes):
+    student, teacher = networks()
+    loss, log = T.training_losses(student, teacher, batch, step, arguments(**changes), options or {}, np.random.default_rng(0))
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in student.parameters()], log
+
+
+def test_the_learning_rate_is_the_paper_s_power_of_what_is_left():
+    assert [T.learning_rate(step, 100, 0.01) for step in (0, 50, 99)] == pytest.approx([0.01, 0.01 * 0.5**0.9, 0.01 * 0.01**0.9])
+
+
+def test_cross_entropy_is_the_mean_over_labeled_pixels():
+    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    label[0, :2] = 255
+    expected = -logits.log_softmax(1).gather(1, label.clamp(max=2)[:, None])[:, 0][label != 255].mean()
+    assert T.cross_entropy(logits, label).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on():
+    loss, gradients, log = losses(little_batch(), options={"threshold": 2.0})
+    assert log["loss_u"] == 0 and loss == log["loss_x"].item() > 0 and all(g.isfinite().all() for g in gradients)
+    nothing = little_batch()
+    nothing["y"].fill_(255)
+    loss, gradients, _ = losses(nothing, options={"threshold": 2.0})
+    assert loss == 0 and all((g == 0).all() for g in gradients)
+
+
+def test_the_truth_of_unlabeled_images_never_reaches_the_loss():
+    batch = little_batch()
+    other = batch | {"truth": (batch["truth"] + 1) % 3}
+    absent = {name: value for name, value in batch.items() if name != "truth"}
+    results = [losses(b)[:2] for b in (batch, other, absent)]
+    for loss, gradients in results[1:]:
+        assert loss == results[0][0] and all(map(torch.equal, gradients, results[0][1]))
+
+
+def test_ignored_and_padded_pixels_never_reach_the_loss():
+    batch = little_batch()
+    batch["valid"][:] = True
+    batch["valid"][:, :, 6:] = False
+    student, teacher = networks()
+    _, log = T.training_losses(student, teacher, batch, 3, arguments(cutmix=0.0), {}, np.random.default_rng(0))
+    assert (log["pseudo"].label[:, :, 6:] == 255).all() and not log["pseudo"].keep[:, :, 6:].any()
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    label = torch.zeros(1, 4, 4, dtype=torch.long)
+    label[0, 2] = 255
+    T.cross_entropy(logits, label).backward()
+    assert (logits.grad[0, :, 2] == 0).all() and (logits.grad[0, :, 1] != 0).any()
+
+
+def test_the_frameworks_differ_in_their_strong_view_alone():
+    batch = little_batch()
+    same = batch | {"strong": batch["weak"]}
+    assert losses(batch, framework="cutmixseg")[0] == losses(same, framework="fixmatch")[0] != losses(batch)[0]
+    loss, _, log = losses(batch, framework="supervised")
+    assert loss == log["loss_x"] and "loss_u" not in log
+    assert losses(batch, warmup_steps=4)[0] == loss != losses(batch, warmup_steps=3)[0]
+
+
+def test_the_teacher_receives_no_gradient_and_lambda_weighs_the_unlabeled_loss():
+    student, teacher = networks()
+    loss, log = T.training_losses(student, teacher, little_batch(), 3, arguments(lambda_u=0.25), {}, np.random.default_rng(0))
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert loss.item() == pytest.approx((log["loss_x"] + 0.25 * log["loss_u"]).item())
+
+
+def test_figures_count_kept_and_correct_with_and_without_refinement():
+    prob = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.45, 0.55], [0.2, 0.8]]).T.view(1, 2, 2, 2)
+    batch = {"valid": torch.ones(1, 2, 2, dtype=torch.bool), "truth": torch.tensor([[[0, 255], [0, 1]]], dtype=torch.uint8)}
+    pseudo = T.pseudo_labels(prob, None, threshold=0.05)
+    figures = T.pseudo_label_figures(prob, pseudo, batch, {})
+    raw_keep, keep = torch.tensor([True, False, True, True]), pseudo.keep.flatten()
+    right = (pseudo.label.flatten() == batch["truth"].flatten()) & keep
+    judged = keep & torch.tensor([True, False, True, True])
+    assert figures["kept_raw"] == raw_keep.float().mean().item() and figures["kept"] == keep.float().mean().item()
+    assert figures["correct_raw"] == pytest.approx(2 / 3) and figures["correct"] == pytest.approx((right.sum() / judged.sum()).item())
+    assert figures["tp_change"] == pytest.approx((right.sum().item() - 2) / 3)
+    assert figures["fp_change"] == pytest.approx(((judged.sum() - right.sum()).item() - 1) / 3)
+
+
+def _gradients_of_one_process(rank, world, path, batch, queue):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    student, teacher = networks()
+    student = nn.parallel.DistributedDataParallel(student)
+    share = {name: value.chunk(world)[rank] for name, value in batch.items()}
+    loss, log = T.training_losses(student, teacher, share, 3, arguments(cutmix=0.0), {}, np.random.default_rng(0))
+    loss.backward()
+    total = loss.detach() / world
+    dist.all_reduce(total)
+    queue.put((rank, total.item(), [p.grad.numpy() for p in student.parameters()]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_and_gradient_of_one_with_the_whole_batch(tmp_path):
+    batch = little_batch()
+    batch["y"][0] = 255  # so that the processes hold very different numbers of labeled pixels
+    batch["valid"][1, :8] = False
+    loss, gradients, _ = losses(batch, cutmix=0.0)
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(_gradients_of_one_process, (2, tmp_path / "store", batch, queue), nprocs=2, join=False)
+    results = [queue.get() for _ in range(2)]
+    while not context.join():
+        pass
+    for _, total, grads in results:
+        assert total == pytest.approx(loss, rel=1e-5)
+        for one, two in zip(gradients, grads):
+            torch.testing.assert_close(torch.from_numpy(two), one, rtol=1e-4, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# through the command line
+
+TINY = ["--crop", "32", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--backbone", "resnet10"]
+
+
+def script(name, *arguments, launcher=(), check=True, cwd=None):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run(out, *arguments):
+    """A run in this process, which is faster than a script."""
+    torch.set_num_threads(1)
+    T.train(T.Run(T.parse_args([*TINY, "--out", str(out), *map(str, arguments)])))
+    return torch.load(out / "last.pth", weights_only=True)
+
+
+def lines(out, event):
+    return [record for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if record["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def camvid_root(tmp_path_factory):
+    return camvid(tmp_path_factory.mktemp("data") / "camvid", train=6, val=3, size=(64, 48))
+
+
+def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
+    out = tmp_path / "run"
+    done = script(
+        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 4, "--warmup-epochs", 1,
+        "--log-every", 1, "--eval-every", 1, "--out", out, "--prior",
+    )  # fmt: skip
+    assert "step 4/4" in done.stdout and "mIoU" in done.stdout
+    first, last = lines(out, "train")[0], lines(out, "train")[-1]
+    assert len(lines(out, "train")) == 4 and "kept" not in first and {"loss_u", "threshold", "kept", "correct", "tp_change"} <= set(last)
+    assert {"args.json", "metrics.jsonl", "last.pth", "best.pth", "panels"} == {path.name for path in out.iterdir()}
+    assert sorted(path.name for path in (out / "panels").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert json.loads((out / "args.json").read_text())["torch"] == torch.__version__
+
+    done = script("evaluate.py", out / "last.pth", "--json", tmp_path / "scores.json", "--panels", tmp_path / "panels", "--device", "cpu")
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["miou"] == pytest.approx(lines(out, "val")[-1]["miou"]) and len(result["iou"]) == 11
+    assert list((tmp_path / "panels").iterdir()) and "pixel accuracy" in done.stdout
+    two = script(
+        "evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(result["iou"]), two.stderr
+
+
+def test_two_processes_train_on_the_cpu_and_stay_equal(tmp_path, camvid_root):
+    script(
+        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 3, "--warmup-epochs", 1,
+        "--out", tmp_path / "run", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )  # fmt: skip
+    record = lines(tmp_path / "run", "train")[-1]
+    assert record["step"] == 3 and math.isfinite(record["loss"]) and len(lines(tmp_path / "run", "val")) == 3
+
+
+@pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch"])
+@pytest.mark.parametrize("refinement", ["--refinement", "--no-refinement"])
+def test_every_framework_trains_with_and_without_refinement(tmp_path, monkeypatch, framework, refinement):
+    monkeypatch.setattr("data.SHAPES_VAL", 2)
+    run(tmp_path, "--framework", framework, refinement, "--iters", 2, "--warmup-epochs", 0, "--log-every", 1)
+    last = lines(tmp_path, "train")[-1]
+    assert math.isfinite(last["loss"]) and ("kept" in last) == (framework != "supervised")
+    assert framework == "supervised" or (last["kept"] == last["kept_raw"]) == (refinement == "--no-refinement")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--neighborhood", "cross"], ["--neighborhood", "7", "--neighbors", "2"], ["--select", "min"], ["--select", "random"], ["--dilation", "4"],
+        ["--no-distance-weight"], ["--prior"], ["--confidence", "max"], ["--confidence", "entropy"], ["--threshold", "0.1"], ["--output-stride", "8"],
+    ],
+)  # fmt: skip
+def test_every_option_of_the_method_trains(tmp_path, monkeypatch, option):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    run(tmp_path, "--iters", 1, "--warmup-epochs", 0, *option)
+    assert math.isfinite(lines(tmp_path, "train")[-1]["loss"])
+
+
+def equal_states(one, two):
+    return all(torch.equal(one[part][name], two[part][name]) for part in ("student", "teacher") for name in one[part])
+
+
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatch, camvid_root):
+    common = ["--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 5, "--warmup-epochs", 1, "--eval-every", 1]
+    whole = run(tmp_path / "whole", *common)
+    original, saved = T.Run.evaluate, []
+
+    def die_after_the_first(self):
+        original(self)
+        saved.append(self.step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(T.Run, "evaluate", die_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "broken", *common)
+    assert saved == [2]
+    resumed = run(tmp_path / "broken", *common, "--resume", "--workers", 1)
+    assert equal_states(whole, resumed) and whole["best"] == resumed["best"]
+    assert [r["step"] for r in lines(tmp_path / "broken", "val")] == [2, 4, 5]
+
+
+def test_the_seed_alone_decides_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    one, two, other = (run(tmp_path / str(i), "--iters", 2, "--warmup-epochs", 0, "--seed", seed) for i, seed in enumerate((0, 0, 1)))
+    assert equal_states(one, two) and not equal_states(one, other)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, camvid_root):
+    original, calls = T.training_losses, []
+
+    def poisoned(*args):
+        loss, log = original(*args)
+        calls.append(1)
+        return (loss * math.nan if len(calls) == 3 else loss), log
+
+    monkeypatch.setattr(T, "training_losses", poisoned)
+    with pytest.raises(InputError, match="the loss of step 3 is nan, training stopped, .*last.pth is the last good checkpoint"):
+        run(tmp_path, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 5, "--eval-every", 1, "--log-every", 100)
+    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["student"].values())
+
+
+def test_a_run_is_never_overwritten_nor_continued_with_other_arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose another folder"):
+        run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
+    with pytest.raises(InputError, match="--resume: in .*, alpha0 was 0.4 and is 0.2; expected the same arguments"):
+        run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--alpha0", 0.2, "--resume")
+
+
+def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch, camvid_root):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
+    with pytest.raises(InputError, match="last.pth predicts 7 classes, camvid has 11"):
+        run(tmp_path, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 1, "--resume")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--dataset", "camvid", "--root", "nowhere"], "--root nowhere is not there; expected a folder that holds train/"),
+        (["--labeled", "1000"], "--labeled 1000 is impossible; expected 1 to 480"),
+        (["--labeled", "all"], "--labeled all leaves no unlabeled image; use --framework supervised"),
+        (["--crop", "4000"], "--crop 4000 is larger than the images can fill"),
+        (["--batch-size", "1"], "--batch-size 1 gives BatchNorm a single value"),
+        (["--weights", "nowhere.pth"], "--weights nowhere.pth: no such file"),
+        (["--alpha0", "2"], "2 is out of range; expected at least 0 and at most 1"),
+        (["--neighborhood", "4"], "invalid choice: 4"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence(tmp_path, capsys, arguments, says):
+    command = ["--device", "cpu", "--workers", "0", "--out", str(tmp_path / "run"), *arguments]
+    with pytest.raises(SystemExit) as end:
+        stop_on_input_error(lambda: T.train(T.Run(T.parse_args(command))))
+    assert says in f"{end.value.code}{capsys.readouterr().err}" and "\n" not in str(end.value.code)
+
+
+def test_a_broken_image_in_a_loader_worker_ends_in_one_sentence(tmp_path):
+    root = camvid(tmp_path / "camvid")
+    for path in (root / "train").iterdir():
+        path.write_bytes(path.read_bytes()[:70])
+    labeled = ["--dataset", "camvid", "--root", root, "--labeled", 2]
+    done = script("train.py", *TINY, *labeled, "--workers", 1, "--out", tmp_path / "run", check=False)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert ".png could not be read" in done.stderr and "replace the file" in done.stderr
+
+
+def test_help_names_where_defaults_come_from():
+    done = script("train.py", "--help")
+    assert "[paper]" in done.stdout and "[authors' code" in done.stdout and "(default: 0.4)" in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_few_steps_on_a_gpu(tmp_path):
+    out = tmp_path / "run"
+    script("train.py", "--crop", 64, "--workers", 0, "--device", "cuda", "--iters", 3, "--warmup-epochs", 0, "--out", out)
+    assert math.isfinite(lines(out, "train")[-1]["loss"]) and lines(out, "train")[-1]["peak_memory_gib"] > 0
