@@ -7,9 +7,10 @@ Whatever is random here is a function of (seed, stream, number of the draw), so 
 a resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def _texture(texture, u, v, period, phase):
     return {"striped": one > 0, "checked": one * two > 0, "dotted": one + two > 0.9}[texture]
 
 
-@lru_cache(maxsize=None)  # 37 kB each
+@cache  # 37 kB each
 def draw_shapes(index):
     """Image `index` of the embedded dataset: (RGB image, mask), a pure function of the index.
 
@@ -104,7 +105,7 @@ def draw_shapes(index):
     for _ in range(rng.integers(4, 9)):  # clutter: background, however it looks
         u, v = placed()
         image[np.hypot(u / rng.uniform(2, 14), v / rng.uniform(2, 8)) < 1] = rng.uniform(0, 1, 3)
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(4, 8)):
         kind = rng.integers(len(FORMS) * len(TEXTURES))
         form, texture = FORMS[kind // len(TEXTURES)], TEXTURES[kind % len(TEXTURES)]
         u, v = placed()
@@ -165,9 +166,25 @@ class Spec(NamedTuple):
 
 
 DATASETS = {
-    "shapes": Spec(("background", *(f"{texture} {form}" for form in FORMS for texture in TEXTURES)), list_shapes, scales=(0.75, 1.5)),
+    "shapes": Spec(
+        ("background", *(f"{texture} {form}" for form in FORMS for texture in TEXTURES)),
+        list_shapes,
+        scales=(0.75, 1.5),
+    ),
     "camvid": Spec(
-        ("sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist"),
+        (
+            "sky",
+            "building",
+            "pole",
+            "road",
+            "pavement",
+            "tree",
+            "sign symbol",
+            "fence",
+            "car",
+            "pedestrian",
+            "bicyclist",
+        ),
         list_camvid,
         void=(11,),
     ),
@@ -218,18 +235,22 @@ def open_dataset(name, root, labeled, splits="splits"):
 
 def labeled_ids(name, train_ids, labeled, splits):
     """The set of ids that `--labeled` means; see `open_dataset`."""
-    published = sorted((int(path.stem) for path in (splits / name).glob("[0-9]*.txt")))
+    published = sorted(int(path.stem) for path in (splits / name).glob("[0-9]*.txt"))
     if labeled == "all":
         return set(train_ids)
     if labeled.isdecimal() and int(labeled) not in published:
         if published:
             raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
         if not 1 <= int(labeled) <= len(train_ids):
-            raise InputError(f"--labeled {labeled} is impossible; expected 1 to {len(train_ids)}, the training images of {name}")
+            raise InputError(
+                f"--labeled {labeled} is impossible; expected 1 to {len(train_ids)}, the training images of {name}"
+            )
         return {train_ids[i * len(train_ids) // int(labeled)] for i in range(int(labeled))}
     file = splits / name / f"{labeled}.txt" if labeled.isdecimal() else Path(labeled)
     if not file.is_file():
-        raise InputError(f"--labeled {labeled} is not a number and no such file exists; expected a number, all, or a list of ids")
+        raise InputError(
+            f"--labeled {labeled} is not a number and no such file exists; expected a number, all, or a list of ids"
+        )
     chosen = set(file.read_text().split())
     unknown = sorted(chosen - set(train_ids))
     if unknown or not chosen:
@@ -251,7 +272,9 @@ def _decode(path, mode):
             if mode == "RGB":
                 return image.convert("RGB")
             if image.mode not in ("L", "P"):
-                raise InputError(f"mask {path} is a {image.mode} image; expected one class index per pixel, 8 bits, L or P")
+                raise InputError(
+                    f"mask {path} is a {image.mode} image; expected one class index per pixel, 8 bits, L or P"
+                )
             image.load()
             return image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -274,7 +297,9 @@ def read(item, data):
         return draw_shapes(item.image)
     image, mask = _decode(item.image, "RGB"), _decode(item.mask, "index")
     if mask.size != image.size:
-        raise InputError(f"mask {item.mask} is {mask.width} x {mask.height}, its image {image.width} x {image.height}; expected the same size")
+        raise InputError(
+            f"mask {item.mask} is {mask.width} x {mask.height}, its image {image.width} x {image.height}; expected the same size"
+        )
     stored = np.asarray(mask)
     classes = data.values[stored]
     if (classes == 254).any():
@@ -355,8 +380,13 @@ def cutmix(images, labels, rng, probability=0.5):
 
 def normalize(images):
     """uint8 images (B,3,H,W) -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.device)
     return (images - mean) / std
+
+
+@lru_cache  # a copy to the device waits for it, so there is one
+def _mean_and_std(device):
+    return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

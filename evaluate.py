@@ -1,8 +1,8 @@
 """What a checkpoint is worth: IoU per class, mIoU, pixel accuracy; panels.
 
-    python evaluate.py runs/shapes-12-fixmatch-0/last.pth
-    python evaluate.py ckpt.pth --root data --json scores.json --panels panels
-    torchrun --nproc_per_node=8 evaluate.py ckpt.pth
+python evaluate.py runs/shapes-12-fixmatch-0/last.pth
+python evaluate.py ckpt.pth --root data --json scores.json --panels panels
+torchrun --nproc_per_node=8 evaluate.py ckpt.pth
 """
 
 import argparse
@@ -69,6 +69,39 @@ def table(result):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# pseudo-labels: Figs. 4 and 5
+
+
+def pseudo_label_figures(prob, pseudo, batch, options):
+    """Figs. 4 and 5 for one batch, summed over all processes: shares of pixels, 0..1, with and without refinement.
+
+    kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
+    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the pixels of known truth.
+    """
+    raw = pseudo_labels(
+        prob, None, valid=batch["valid"], **options | {"refinement": False, "threshold": pseudo.threshold}
+    )
+    known = batch["truth"] != IGNORE
+    counts = [batch["valid"].sum(), known.sum()]
+    for labels in (raw, pseudo):
+        judged = labels.keep & known
+        counts += [labels.keep.sum(), judged.sum(), (judged & (labels.label == batch["truth"])).sum()]
+    counts = torch.stack(counts)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
+    figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1), "threshold": pseudo.threshold.item()}
+    if known:
+        figures |= {
+            "correct": right / max(judged, 1),
+            "correct_raw": right_raw / max(judged_raw, 1),
+            "tp_change": (right - right_raw) / known,
+            "fp_change": ((judged - right) - (judged_raw - right_raw)) / known,
+        }
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # panels: Figs. 1, 3 and 7
 
 
@@ -103,7 +136,9 @@ def panel(model, data, items, device, alpha, options):
         if threshold is None:  # not dpa_threshold, which would wait for the other processes
             conf = confidence(prob, options["kind"]).flatten()
             threshold = conf.kthvalue(1 + int(alpha * (len(conf) - 1))).values
-        raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on, "threshold": threshold}) for on in (False, True))
+        raw, refined = (
+            pseudo_labels(prob, None, **options | {"refinement": on, "threshold": threshold}) for on in (False, True)
+        )
         sure = [pseudo.confidence[0].cpu() for pseudo in (raw, refined)]
         if options["kind"] == "entropy":
             sure = [1 + conf / math.log(len(data.classes)) for conf in sure]
@@ -139,8 +174,12 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
-        raise InputError(f"checkpoint {path} could not be read ({type(error).__name__}); it is truncated, or not of train.py") from error
-    lacking = {"step", "args", "classes", "student", "teacher"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+        raise InputError(
+            f"checkpoint {path} could not be read ({type(error).__name__}); it is truncated, or not of train.py"
+        ) from error
+    lacking = {"step", "args", "classes", "student", "teacher"} - set(
+        checkpoint if isinstance(checkpoint, dict) else ()
+    )
     if lacking:
         raise InputError(f"checkpoint {path} lacks {', '.join(sorted(lacking))}; expected one that train.py saved")
     return checkpoint
@@ -172,13 +211,17 @@ def refinement_options(args, prior=None):
 
 def start_processes(wanted):
     """Joins the processes of torchrun, where it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or a CUDA build and driver")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this machine has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu")
+            raise InputError(
+                f"process {local} of this machine has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
@@ -200,14 +243,20 @@ def stop_on_input_error(main):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("checkpoint", help="last.pth or best.pth of a run")
     parser.add_argument("--root", help="folder of the dataset; default: the one the run was trained on")
     parser.add_argument("--student", action="store_true", help="score the student instead of the teacher")
     parser.add_argument("--json", metavar="FILE", help="also write the scores there")
-    parser.add_argument("--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7")
+    parser.add_argument(
+        "--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7"
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one"
+    )
     args = parser.parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)
     run = checkpoint["args"]
@@ -222,16 +271,25 @@ def main(argv=None):
     result = evaluate(model, data, data.val, device, args.workers, rank, world)
     if rank != 0:
         return
-    print(f"{args.checkpoint}: step {checkpoint['step']}, {len(data.val)} validation images of {data.name}\n{table(result)}")
+    print(
+        f"{args.checkpoint}: step {checkpoint['step']}, {len(data.val)} validation images of {data.name}\n{table(result)}"
+    )
     if args.json:
-        result |= {"checkpoint": str(args.checkpoint), "step": checkpoint["step"], "dataset": data.name, "images": len(data.val)}
+        result |= {
+            "checkpoint": str(args.checkpoint),
+            "step": checkpoint["step"],
+            "dataset": data.name,
+            "images": len(data.val),
+        }
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     if args.panels:
         prior = checkpoint.get("prior")
         options = refinement_options(run, None if prior is None else prior.to(device))
         Path(args.panels).mkdir(parents=True, exist_ok=True)
         file = Path(args.panels) / f"step-{checkpoint['step']:06d}.png"
-        panel(model, data, panel_items(data), device, dpa_alpha(checkpoint["step"], run["iters"], run["alpha0"]), options).save(file)
+        panel(
+            model, data, panel_items(data), device, dpa_alpha(checkpoint["step"], run["iters"], run["alpha0"]), options
+        ).save(file)
         print(f"wrote {file}")
 
 

@@ -1,9 +1,9 @@
 """DeepLabv3+ (Chen et al., 2018b) on torchvision's ResNets, and its moving-average teacher.
 
-    student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
-    logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
-    teacher = ema_teacher(student, decay=0.99)
-    teacher.update_parameters(student)                            # after each optimizer step
+student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
+logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
+teacher = ema_teacher(student, decay=0.99)
+teacher.update_parameters(student)                            # after each optimizer step
 """
 
 from pathlib import Path
@@ -47,7 +47,9 @@ def resnet(name, weights="none"):
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises many kinds, all of them the file's fault
-            raise ValueError(f"--weights {weights} could not be read safely as a state dict ({type(error).__name__})") from error
+            raise ValueError(
+                f"--weights {weights} could not be read safely as a state dict ({type(error).__name__})"
+            ) from error
     try:
         net.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -110,8 +112,11 @@ def ema_teacher(student, decay=0.99):
 
     Returns an AveragedModel. Its BatchNorm statistics are the student's, copied at each update.
     """
+
     def average(teacher, student, updates):
         get_ema_multi_avg_fn(ema_decay(int(updates), decay))(teacher, student, updates)
 
-    teacher = AveragedModel(student, multi_avg_fn=average)  # its counter stays on the CPU, so reading it waits for nothing
+    teacher = AveragedModel(
+        student, multi_avg_fn=average
+    )  # its counter stays on the CPU, so reading it waits for nothing
     return teacher.requires_grad_(False).eval()

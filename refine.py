@@ -82,7 +82,9 @@ def _pairs(height, width, dy, dx):
     return here, there
 
 
-def refine(prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None):
+def refine(
+    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
+):
     """Eqs. 7-10, Sec. 3.2.1: each class's probability that the pixel or its best neighbor belongs to the class.
 
     refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
@@ -225,4 +227,4 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, ref
         keep = keep & valid
     # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
     label = refined.argmax(1).masked_fill(~keep, IGNORE)
-    return PseudoLabels(label, keep, conf, torch.as_tensor(threshold, dtype=conf.dtype, device=conf.device))
+    return PseudoLabels(label, keep, conf, threshold if torch.is_tensor(threshold) else conf.new_full((), threshold))

@@ -24,7 +24,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, training_loader
-from evaluate import evaluate, load_checkpoint, panel, panel_items, refinement_options, start_processes, stop_on_input_error, table
+from evaluate import (
+    evaluate,
+    load_checkpoint,
+    panel,
+    panel_items,
+    pseudo_label_figures,
+    refinement_options,
+    start_processes,
+    stop_on_input_error,
+    table,
+)
 from model import BACKBONES, DeepLabV3Plus, ema_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
@@ -73,15 +83,16 @@ def cross_entropy(logits, label):
 
 
 def training_losses(student, teacher, batch, step, args, options, rng):
-    """Eqs. 1-3 for one batch: (loss, what the log needs). Sec. 3.3 in its own order.
+    """Eqs. 1-3 for one batch, Sec. 3.3 in its own order: (loss, what the log needs).
 
     student, teacher: (B,3,H,W) -> logits (B,C,H,W); batch: see data.TrainingViews; options: of `pseudo_labels`; rng: a
-    NumPy generator for CutMix. batch["truth"] is not touched.
+    NumPy generator for CutMix. batch["truth"] is not touched. The log holds "losses", Eqs. 1, 2 and 3 detached, and where
+    there are pseudo-labels "prob", the teacher's (B,C,H,W), and "pseudo".
     """
     x, y = normalize(batch["x"]), batch["y"]
     if args.framework == "supervised" or step < args.warmup_steps:
         loss_x = cross_entropy(student(x), y)
-        return loss_x, {"loss_x": loss_x.detach()}
+        return loss_x, {"losses": torch.stack([loss_x, loss_x, torch.zeros_like(loss_x)]).detach()}
     weak = normalize(batch["weak"])
     strong = normalize(batch["strong"]) if args.framework == "fixmatch" else weak
 
@@ -93,34 +104,7 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     logits_x, logits_u = student(torch.cat([x, strong])).split([len(x), len(strong)])
     loss_x, loss_u = cross_entropy(logits_x, y), cross_entropy(logits_u, target)
     loss = loss_x + args.lambda_u * loss_u
-    return loss, {"loss_x": loss_x.detach(), "loss_u": loss_u.detach(), "prob": prob, "pseudo": pseudo}
-
-
-def pseudo_label_figures(prob, pseudo, batch, options):
-    """Figs. 4 and 5 for one batch, summed over all processes: shares of pixels, 0..1, with and without refinement.
-
-    kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
-    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the pixels of known truth.
-    """
-    raw = pseudo_labels(prob, None, valid=batch["valid"], **options | {"refinement": False, "threshold": pseudo.threshold})
-    known = batch["truth"] != IGNORE
-    counts = [batch["valid"].sum(), known.sum()]
-    for labels in (raw, pseudo):
-        judged = labels.keep & known
-        counts += [labels.keep.sum(), judged.sum(), (judged & (labels.label == batch["truth"])).sum()]
-    counts = torch.stack(counts)
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
-    figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1), "threshold": pseudo.threshold.item()}
-    if known:
-        figures |= {
-            "correct": right / max(judged, 1),
-            "correct_raw": right_raw / max(judged_raw, 1),
-            "tp_change": (right - right_raw) / known,
-            "fp_change": ((judged - right) - (judged_raw - right_raw)) / known,
-        }
-    return figures
+    return loss, {"losses": torch.stack([loss, loss_x, loss_u]).detach(), "prob": prob, "pseudo": pseudo}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,8 +123,15 @@ def average_batchnorm(model, world):
 def environment():
     """Versions and commit, for args.json."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "commit": commit}
+    commit = (
+        subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "commit": commit,
+    }
 
 
 def class_prior(data, neighborhood):
@@ -196,7 +187,9 @@ class Run:
         for name, parameter in self.model.named_parameters():
             groups[name.startswith("backbone.")].append(parameter)
         groups = [{"params": groups[True], "base": args.lr}, {"params": groups[False], "base": args.head_lr}]
-        self.optimizer = torch.optim.SGD(groups, args.lr, 0.9, weight_decay=args.weight_decay, fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.SGD(
+            groups, args.lr, 0.9, weight_decay=args.weight_decay, fused=self.device.type == "cuda"
+        )
         self.prior = class_prior(self.data, args.neighborhood).to(self.device) if args.prior else None
         self.options = refinement_options(vars(args), self.prior)
         self.step, self.best = 0, -math.inf
@@ -212,7 +205,9 @@ class Run:
         """Makes --out and writes args.json; with --resume returns the last checkpoint, if there is one."""
         out, checkpoint = self.out, None
         if (out / "args.json").exists() and not self.args.resume:
-            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another folder with --out")
+            raise InputError(
+                f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
+            )
         if self.args.resume and (out / "last.pth").exists():
             checkpoint = load_checkpoint(out / "last.pth")
             if list(checkpoint["classes"]) != list(self.data.classes):
@@ -221,10 +216,16 @@ class Run:
                     f"{len(self.data.classes)}; expected the run's own dataset, or another --out"
                 )
             saved = checkpoint["args"]
-            changed = [name for name, value in vars(self.args).items() if name not in MAY_CHANGE and saved.get(name) != value]
+            changed = [
+                name for name, value in vars(self.args).items() if name not in MAY_CHANGE and saved.get(name) != value
+            ]
             if changed:
-                difference = ", ".join(f"{name} was {saved.get(name)} and is {getattr(self.args, name)}" for name in changed)
-                raise InputError(f"--resume: in {out}, {difference}; expected the same arguments, or another --out for another run")
+                difference = ", ".join(
+                    f"{name} was {saved.get(name)} and is {getattr(self.args, name)}" for name in changed
+                )
+                raise InputError(
+                    f"--resume: in {out}, {difference}; expected the same arguments, or another --out for another run"
+                )
         if self.world > 1:
             dist.barrier()  # every process has looked before one of them writes
         if self.rank == 0:
@@ -265,32 +266,34 @@ class Run:
         args = self.args
         record = {"event": "train", "step": self.step, "epoch": self.step / args.steps_per_epoch}
         record["lr"] = self.optimizer.param_groups[0]["lr"]
-        record |= self.finite(losses, log)
+        record["loss"], record["loss_x"], loss_u = self.finite(losses)
         if "pseudo" in log:
+            record["loss_u"] = loss_u
             record["alpha"] = dpa_alpha(self.step - 1, args.iters, args.alpha0)
             record |= pseudo_label_figures(log["prob"], log["pseudo"], batch, self.options)
         record["seconds_per_step"] = seconds / len(losses)
-        images = sum(len(batch[view]) for view in ("x", "weak") if view in batch)
-        record["images_per_second"] = images * self.world / record["seconds_per_step"]
+        images = args.batch_size * self.world * (2 if "pseudo" in log else 1)
+        record["images_per_second"] = images / record["seconds_per_step"]
         if self.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.rank == 0:
             self.write(record)
         return record
 
-    def finite(self, losses, log):
-        """The losses, averaged over the processes. Raises InputError, with its step, where one is not finite."""
-        names = [name for name in ("loss_x", "loss_u") if name in log]
-        values = torch.stack(losses + [log[name] for name in names])
+    def finite(self, losses):
+        """(loss, loss_x, loss_u), means over the steps and processes. Raises InputError where a loss is not finite."""
+        losses = torch.stack(losses)  # (steps, 3)
         if self.world > 1:
-            dist.all_reduce(values)
-        *values, = (values / self.world).tolist()
-        for step, value in enumerate(values[: len(losses)], self.step - len(losses) + 1):
-            if not math.isfinite(value):
+            dist.all_reduce(losses)
+        losses = (losses / self.world).tolist()
+        for step, (loss, *_) in enumerate(losses, self.step - len(losses) + 1):
+            if not math.isfinite(loss):
                 last = self.out / "last.pth"
                 good = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
-                raise InputError(f"the loss of step {step} is {value}, training stopped, {good}; lower --lr and --head-lr")
-        return {"loss": sum(values[: len(losses)]) / len(losses)} | dict(zip(names, values[len(losses) :]))
+                raise InputError(
+                    f"the loss of step {step} is {loss}, training stopped, {good}; lower --lr and --head-lr"
+                )
+        return [sum(column) / len(losses) for column in zip(*losses)]
 
     def evaluate(self):
         """Scores the teacher, saves last.pth and perhaps best.pth, draws the panel. Returns the scores."""
@@ -300,7 +303,9 @@ class Run:
         self.best = max(self.best, result["miou"])
         if self.rank == 0:
             self.write({"event": "val", "step": self.step, "epoch": self.step / args.steps_per_epoch} | result)
-            print(f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}", flush=True)
+            print(
+                f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}", flush=True
+            )
             for name in ("last.pth", "best.pth")[: 1 + improved]:
                 self.save(name)
             alpha = dpa_alpha(self.step, args.iters, args.alpha0)
@@ -319,8 +324,12 @@ def train(run):
     first, losses, paused, result = run.step, [], 0.0, None
     began = since = time.perf_counter()
     for step, batch in enumerate(loader, first):
-        batch = {name: value.to(run.device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
-        rng = generator(args.seed, "step", step, run.rank)  # CutMix's boxes; dropout and random neighbors follow from it
+        batch = {
+            name: value.to(run.device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)
+        }
+        rng = generator(
+            args.seed, "step", step, run.rank
+        )  # CutMix's boxes; dropout and random neighbors follow from it
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.iters, group["base"], args.power)
@@ -336,14 +345,17 @@ def train(run):
         if step < args.warmup_steps:
             run.teacher.n_averaged.zero_()  # the next update is a copy again: averaging begins after the warm-up
 
-        losses.append(loss.detach())
+        losses.append(log["losses"])
         run.step = step + 1
         evaluating = run.step == args.iters or run.step % (args.eval_every * args.steps_per_epoch) == 0
         if run.step % args.log_every == 0 or evaluating:
             record = run.log(losses, log, batch, time.perf_counter() - since)
             losses, since = [], time.perf_counter()
             if run.rank == 0:
-                print(progress(record, args, (since - began - paused) / (run.step - first) * (args.iters - run.step)), flush=True)
+                print(
+                    progress(record, args, (since - began - paused) / (run.step - first) * (args.iters - run.step)),
+                    flush=True,
+                )
         if evaluating:
             result = run.evaluate()
             paused += time.perf_counter() - since
@@ -377,7 +389,9 @@ def fill_presets(args, device):
 def resolve_lengths(args, data, device, world):
     """Epochs into steps. Raises InputError for a partition or batch that cannot be trained on."""
     if args.framework != "supervised" and not data.unlabeled:
-        raise InputError(f"--labeled {args.labeled} leaves no unlabeled image; use --framework supervised, or fewer labels")
+        raise InputError(
+            f"--labeled {args.labeled} leaves no unlabeled image; use --framework supervised, or fewer labels"
+        )
     args.steps_per_epoch = math.ceil(len(data.unlabeled or data.labeled) / (args.batch_size * world))
     args.iters = args.iters or args.epochs * args.steps_per_epoch
     args.warmup_steps = args.warmup_epochs * args.steps_per_epoch
@@ -391,10 +405,13 @@ def resolve_lengths(args, data, device, world):
 
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: a number from low (or above it) to high."""
+
     def parse(text):
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'more than' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            limit = f"{'more than' if above else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
         return value
 
@@ -407,69 +424,106 @@ def neighborhood(text):
     return text if text == "cross" else int(text)
 
 
+SWITCH = argparse.BooleanOptionalAction
+COUNT, SHARE = number(int, 1), number(float, 0, 1)
+PRESET = "; default: the dataset's preset"  # of the options that are None until fill_presets
+
+
+def data_arguments(add):
+    """What is trained on."""
+    add("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn and needs no files")
+    add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder")
+    add("--labeled", help="number of labeled images, a file of their ids, or all" + PRESET)
+    add("--splits", default="splits", help="folder of published lists, <dataset>/<N>.txt")
+    add("--crop", type=number(int, 32), help="side of the square training views, pixels" + PRESET)
+    add("--workers", type=number(int, 0), help="loader processes of each process" + PRESET)
+
+
+def method_arguments(add):
+    """The paper."""
+    add(
+        "--framework",
+        choices=("fixmatch", "cutmixseg", "supervised"),
+        default="fixmatch",
+        help="strong view: colors and CutMix, or CutMix alone; supervised: labeled images alone [paper]",
+    )
+    add("--refinement", action=SWITCH, default=True, help="Eqs. 7-10; without: the baseline [paper]")
+    add(
+        "--neighborhood",
+        type=neighborhood,
+        choices=(3, 5, 7, "cross"),
+        default=3,
+        help="N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]",
+    )
+    add(
+        "--dilation", type=COUNT, default=1, help="distance between neighbors, pixels; 4 is the logits' own grid [ours]"
+    )
+    add("--neighbors", type=COUNT, default=1, help="how many neighbors are united, Table 4a [paper]")
+    add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
+    add("--distance-weight", action=SWITCH, default=True, help="beta of Eq. 10; without: 1 [paper]")
+    add("--prior", action=SWITCH, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
+    add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
+    add("--alpha0", type=SHARE, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
+    add("--threshold", type=float, help="a fixed one in place of Eq. 6; default: none [FixMatch: 0.95]")
+    add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
+    add("--ema", type=SHARE, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
+    add("--cutmix", type=SHARE, default=0.5, help="probability per image, Appendix D [paper]")
+    add("--warmup-epochs", type=number(int, 0), help="epochs on labeled images alone [authors' code: 1]" + PRESET)
+
+
+def model_arguments(add):
+    """The network."""
+    add("--backbone", choices=BACKBONES, help="torchvision's; resnet10 is for CPUs [paper: resnet101]" + PRESET)
+    add("--weights", help="imagenet, none, or a file with torchvision's state dict [paper: imagenet]" + PRESET)
+    add("--output-stride", type=int, choices=(16, 8), default=16, help="8 needs more memory [authors' code: 8]")
+
+
+def optimizer_arguments(add):
+    """SGD with momentum 0.9 [paper]."""
+    add("--epochs", type=COUNT, help="passes over the unlabeled images [paper: 80]" + PRESET)
+    add("--iters", type=COUNT, help="steps, in place of --epochs" + PRESET)
+    add("--batch-size", type=COUNT, help="labeled and unlabeled images each, per process" + PRESET)
+    add("--lr", type=number(float, 0, above=True), help="of the backbone" + PRESET)
+    add("--head-lr", type=number(float, 0, above=True), help="of everything else" + PRESET)
+    add("--weight-decay", type=number(float, 0), help="on all parameters" + PRESET)
+    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, Appendix D [paper]")
+
+
+def run_arguments(add):
+    """How and where."""
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    add("--amp", action=SWITCH, help="bfloat16 autocast; default: on CUDA")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the networks")
+    add(
+        "--deterministic",
+        action=SWITCH,
+        default=False,
+        help="ask for deterministic CUDA kernels; the CPU's are so already",
+    )
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint" + PRESET)
+    add("--log-every", type=COUNT, help="steps between log lines" + PRESET)
+    add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are printed where they say something; the description stays as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv=None):
     """The command line. What is None here takes the preset of the dataset."""
-    switch = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-    )  # fmt: skip
-    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
-    preset = "; default: the dataset's preset"
-
-    def option(group, name, text, **kwargs):
-        group.add_argument(name, help=text + (preset if kwargs.pop("preset", False) else ""), **kwargs)
-
-    data = parser.add_argument_group("data")
-    option(data, "--dataset", "shapes is drawn and needs no files", choices=DATASETS, default="shapes")
-    option(data, "--root", "folder that holds the dataset, or the dataset's own folder", default="data")
-    option(data, "--labeled", "a published list's number of images, any number where there is none, a file of ids, or all", preset=True)
-    option(data, "--splits", "folder of the published lists", default="splits")
-    option(data, "--crop", "side of the square training views, pixels", type=number(int, 32), preset=True)
-    option(data, "--workers", "loader processes, per process", type=number(int, 0), preset=True)
-
-    method = parser.add_argument_group("method")
-    option(method, "--framework", "strong view: fixmatch = colors and CutMix, cutmixseg = CutMix alone; supervised: no unlabeled images [paper]", choices=("fixmatch", "cutmixseg", "supervised"), default="fixmatch")
-    option(method, "--refinement", "Eqs. 7-10; without it: the baseline [paper]", action=switch, default=True)
-    option(method, "--neighborhood", "N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]", type=neighborhood, choices=(3, 5, 7, "cross"), default=3)
-    option(method, "--dilation", "distance between neighbors, pixels [ours]", type=count, default=1)
-    option(method, "--neighbors", "how many neighbors are united, Table 4a [paper]", type=count, default=1)
-    option(method, "--select", "which neighbor, Table 4a [paper]", choices=("max", "min", "random"), default="max")
-    option(method, "--distance-weight", "beta of Eq. 10; without it 1 [paper]", action=switch, default=True)
-    option(method, "--prior", "Eqs. 15-16, Appendix C; estimated from the labeled images [paper]", action=switch, default=False)
-    option(method, "--confidence", "Table 5 [paper]", choices=("margin", "max", "entropy"), default="margin")
-    option(method, "--alpha0", "share of pixels under the threshold at first, Eq. 6 [paper]", type=share, default=0.4)
-    option(method, "--threshold", "a fixed threshold in place of Eq. 6 [FixMatch: 0.95]", type=float)
-    option(method, "--lambda-u", "weight of the unlabeled loss, Eq. 1 [authors' code]", type=number(float, 0), default=1.0)
-    option(method, "--ema", "tau, Sec. 4.1 [paper]", type=share, default=0.99)
-    option(method, "--cutmix", "probability per image, Appendix D [paper]", type=share, default=0.5)
-    option(method, "--warmup-epochs", "epochs on labeled images alone [authors' code: 1]", type=number(int, 0), preset=True)
-
-    model = parser.add_argument_group("model")
-    option(model, "--backbone", "torchvision's ResNet; resnet10 is for CPUs [paper: resnet101]", choices=BACKBONES, preset=True)
-    option(model, "--weights", "imagenet, none, or a file with the state dict of torchvision's ResNet", preset=True)
-    option(model, "--output-stride", "8 needs more memory [authors' code: 8]", type=int, choices=(16, 8), default=16)
-
-    optimizer = parser.add_argument_group("optimizer")
-    length = optimizer.add_mutually_exclusive_group()
-    option(length, "--epochs", "passes over the unlabeled images", type=count, preset=True)
-    option(length, "--iters", "steps, instead of epochs", type=count, preset=True)
-    option(optimizer, "--batch-size", "images of each kind, labeled and unlabeled, per process", type=count, preset=True)
-    option(optimizer, "--lr", "of the backbone", type=positive, preset=True)
-    option(optimizer, "--head-lr", "of everything else", type=positive, preset=True)
-    option(optimizer, "--weight-decay", "of SGD with momentum 0.9", type=number(float, 0), preset=True)
-    option(optimizer, "--power", "of the learning rate's decay, Appendix D [paper]", type=number(float, 0), default=0.9)
-
-    run = parser.add_argument_group("run")
-    option(run, "--device", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), default="auto")
-    option(run, "--amp", "bfloat16 autocast; default: on CUDA", action=switch)
-    option(run, "--compile", "torch.compile the networks", action=switch, default=False)
-    option(run, "--deterministic", "ask PyTorch for deterministic kernels, at some cost; the CPU's are so already", action=switch, default=False)
-    option(run, "--seed", "of everything random", type=number(int, 0), default=0)
-    option(run, "--eval-every", "epochs between evaluations, each of which saves a checkpoint", type=count, preset=True)
-    option(run, "--log-every", "steps between log lines", type=count, preset=True)
-    option(run, "--out", "folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
-    option(run, "--resume", "continue the run in --out from its last checkpoint", action="store_true")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    for arguments in (data_arguments, method_arguments, model_arguments, optimizer_arguments, run_arguments):
+        group = parser.add_argument_group(arguments.__name__.removesuffix("_arguments"), arguments.__doc__)
+        arguments(group.add_argument)
+    args = parser.parse_args(argv)
+    if args.epochs and args.iters:
+        parser.error("--epochs and --iters both set the length of the run; expected one of them")
+    return args
 
 
 if __name__ == "__main__":

@@ -6,7 +6,18 @@ import torch
 from PIL import Image
 
 import data as D
-from data import InputError, Item, cutmix, draw_shapes, drawn, generator, open_dataset, palette, random_view, read, training_loader
+from data import (
+    InputError,
+    Item,
+    cutmix,
+    draw_shapes,
+    drawn,
+    open_dataset,
+    palette,
+    random_view,
+    read,
+    training_loader,
+)
 
 
 def camvid(root, train=4, val=2, size=(40, 30)):
@@ -155,7 +166,9 @@ def test_mixing_moves_image_and_label_together():
         for i in range(4):
             foreign = (label[i] != i).float().mean().item()
             mixed += foreign > 0
-            assert set(label[i].unique().tolist()) <= {i, (i + 1) % 4} and (foreign == 0 or foreign == pytest.approx(0.5, abs=0.03))
+            assert set(label[i].unique().tolist()) <= {i, (i + 1) % 4} and (
+                foreign == 0 or foreign == pytest.approx(0.5, abs=0.03)
+            )
     assert 70 < mixed < 130  # of 200, with probability one half
     assert torch.equal(labels, torch.arange(4).view(4, 1, 1).expand(4, 40, 60))
 
@@ -178,7 +191,9 @@ def batches(steps, workers=0, rank=0, world=1, batch_size=2, seed=0):
 
 
 def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one)
+    return one.keys() == two.keys() and all(
+        torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one
+    )
 
 
 def test_neither_workers_nor_an_interruption_change_a_batch():
@@ -189,7 +204,9 @@ def test_neither_workers_nor_an_interruption_change_a_batch():
 
 
 def test_two_processes_see_together_what_one_sees():
-    for step in zip(batches(range(3), batch_size=4), batches(range(3), rank=0, world=2), batches(range(3), rank=1, world=2)):
+    for step in zip(
+        batches(range(3), batch_size=4), batches(range(3), rank=0, world=2), batches(range(3), rank=1, world=2)
+    ):
         for name in ("x", "y", "weak", "strong", "valid", "truth"):
             assert torch.equal(step[0][name], torch.cat([step[1][name], step[2][name]]))
 
@@ -202,7 +219,14 @@ def test_evaluation_shares_hold_every_image_exactly_once():
 
 def test_the_palette_is_pascal_s():
     colors = palette()
-    assert colors[[0, 1, 2, 15, 20, 255]].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+    assert colors[[0, 1, 2, 15, 20, 255]].tolist() == [
+        [0, 0, 0],
+        [128, 0, 0],
+        [0, 128, 0],
+        [192, 128, 128],
+        [0, 64, 128],
+        [224, 224, 192],
+    ]
 
 
 def broken(root, what):
@@ -226,7 +250,10 @@ def broken(root, what):
     [
         ("truncated image", r"train0\.png could not be read \(.*\); replace the file"),
         ("text as image", r"train0\.png could not be read \(.*\); replace the file"),
-        ("value outside the classes", r"trainannot/train0\.png holds the value 77; expected class indices 0 to 10 and 255"),
+        (
+            "value outside the classes",
+            r"trainannot/train0\.png holds the value 77; expected class indices 0 to 10 and 255",
+        ),
         ("other size", r"trainannot/train0\.png is 41 x 30, its image 40 x 30; expected the same size"),
         ("color mask", r"trainannot/train0\.png is a RGB image; expected one class index per pixel"),
     ],
@@ -273,6 +300,8 @@ def test_an_empty_folder_and_a_labeled_image_without_mask_get_one_sentence(tmp_p
 
 def test_a_crop_that_no_image_can_fill_is_refused(tmp_path):
     data = open_dataset("camvid", camvid(tmp_path), 2)
-    with pytest.raises(InputError, match="--crop 81 is larger than the images can fill: train0 is 40 pixels long.*at most 80"):
+    with pytest.raises(
+        InputError, match="--crop 81 is larger than the images can fill: train0 is 40 pixels long.*at most 80"
+    ):
         training_loader(data, range(1), 2, 81, "fixmatch", 0)
     assert len(training_loader(data, range(1), 2, 80, "fixmatch", 0)) == 1

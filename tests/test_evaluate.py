@@ -46,7 +46,12 @@ def test_background_alone_scores_its_share_on_shapes():
 
 
 def test_heat_grows_from_black_to_white():
-    assert E.heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]]))[:, 0].T.tolist() == [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255] * 3]
+    assert E.heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]]))[:, 0].T.tolist() == [
+        [0, 0, 0],
+        [255, 0, 0],
+        [255, 255, 0],
+        [255] * 3,
+    ]
 
 
 def test_an_overlay_shows_the_label_s_colors_and_dims_the_rest():
@@ -67,7 +72,12 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
     for name, content in (("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1})):
         torch.save(content, tmp_path / name)
     (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:100])
-    for name, says in (("evil", "could not be read"), ("cut", "could not be read"), ("list", "lacks args"), ("other", "lacks args")):
+    for name, says in (
+        ("evil", "could not be read"),
+        ("cut", "could not be read"),
+        ("list", "lacks args"),
+        ("other", "lacks args"),
+    ):
         with pytest.raises(InputError, match=says):
             E.load_checkpoint(tmp_path / f"{name}.pth")
     assert "must not run" not in capsys.readouterr().out

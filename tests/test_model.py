@@ -13,7 +13,9 @@ from model import ATROUS_RATES, BACKBONES, DeepLabV3Plus, ema_decay, ema_teacher
 def test_logits_have_the_size_of_the_image_and_features_the_stride(backbone, output_stride):
     model = DeepLabV3Plus(backbone, 5, output_stride).eval()
     sizes = {}
-    model.aspp.register_forward_hook(lambda module, inputs, out: sizes.update(deep=inputs[0].shape[-2:], context=out.shape[1]))
+    model.aspp.register_forward_hook(
+        lambda module, inputs, out: sizes.update(deep=inputs[0].shape[-2:], context=out.shape[1])
+    )
     model.low_level.register_forward_hook(lambda module, inputs, out: sizes.update(low=out.shape))
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 65, 97)).shape == (1, 5, 65, 97)
@@ -66,7 +68,9 @@ def test_without_a_network_the_imagenet_weights_get_one_sentence(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="could not be downloaded from https.*resnet18.*--weights FILE.*--weights none"):
+    with pytest.raises(
+        ValueError, match="could not be downloaded from https.*resnet18.*--weights FILE.*--weights none"
+    ):
         resnet("resnet18", "imagenet")
 
 

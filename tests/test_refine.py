@@ -53,8 +53,14 @@ def test_refined_margin_matches_the_worked_example_of_section_3_2_1():
 
 def test_beta_is_equation_10_counted_in_steps_of_the_grid():
     beta = {(dy, dx): weight for dy, dx, weight in offsets(3)}
-    assert len(beta) == 8 and beta[0, 1] == pytest.approx(0.6065, abs=1e-4) and beta[1, 1] == pytest.approx(0.3679, abs=1e-4)
-    assert {(dy, dx): weight for dy, dx, weight in offsets(3, dilation=4)} == {(4 * dy, 4 * dx): w for (dy, dx), w in beta.items()}
+    assert (
+        len(beta) == 8
+        and beta[0, 1] == pytest.approx(0.6065, abs=1e-4)
+        and beta[1, 1] == pytest.approx(0.3679, abs=1e-4)
+    )
+    assert {(dy, dx): weight for dy, dx, weight in offsets(3, dilation=4)} == {
+        (4 * dy, 4 * dx): w for (dy, dx), w in beta.items()
+    }
     assert {weight for *_, weight in offsets(7, distance_weight=False)} == {1.0}
     assert [len(offsets(n)) for n in (3, 5, 7, "cross")] == [8, 24, 48, 4]
 
@@ -91,13 +97,17 @@ def test_random_selection_takes_one_position_inside_the_image_for_all_classes(ne
 def test_random_selection_is_uniform_over_the_neighbors_that_exist():
     prob = torch.zeros(4000, 1, 2, 2)
     prob[..., 0, 1], prob[..., 1, 0], prob[..., 1, 1] = 0.2, 0.5, 0.8
-    corner = refine(prob, select="random", distance_weight=False, generator=torch.Generator().manual_seed(0))[:, 0, 0, 0]
+    corner = refine(prob, select="random", distance_weight=False, generator=torch.Generator().manual_seed(0))[
+        :, 0, 0, 0
+    ]
     shares = [(corner - value).abs().lt(1e-6).float().mean().item() for value in (0.2, 0.5, 0.8)]
     assert sum(shares) == pytest.approx(1) and all(share == pytest.approx(1 / 3, abs=0.03) for share in shares)
 
 
 def test_a_seeded_generator_repeats_the_random_selection():
-    draws = [refine(random_prob(), select="random", generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    draws = [
+        refine(random_prob(), select="random", generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -277,5 +287,7 @@ def test_wrong_options_get_one_sentence(call, says):
 def test_refine_py_works_alone(tmp_path):
     (tmp_path / "refine.py").write_text((ROOT / "refine.py").read_text())
     code = "import torch, refine; print(refine.pseudo_labels(torch.rand(1, 3, 4, 4).softmax(1), 0.4).label.shape)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
+    )
     assert done.stdout.strip() == "torch.Size([1, 4, 4])", done.stderr

@@ -13,24 +13,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_data import camvid
 from torch import nn
 
 import train as T
 from data import InputError
-from evaluate import stop_on_input_error
-from test_data import camvid
+from evaluate import pseudo_label_figures, stop_on_input_error
+from refine import pseudo_labels
 
 ROOT = Path(__file__).parent.parent
 
 
 def arguments(**changes):
-    return SimpleNamespace(**{"framework": "fixmatch", "warmup_steps": 0, "iters": 10, "alpha0": 0.4, "lambda_u": 1.0, "cutmix": 0.5} | changes)
+    return SimpleNamespace(
+        **{"framework": "fixmatch", "warmup_steps": 0, "iters": 10, "alpha0": 0.4, "lambda_u": 1.0, "cutmix": 0.5}
+        | changes
+    )
 
 
 def little_batch(batch=4, size=12, classes=3, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    images = {name: torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng) for name in ("x", "weak", "strong")}
-    labels = {name: torch.randint(0, classes, (batch, size, size), dtype=torch.uint8, generator=rng) for name in ("y", "truth")}
+    images = {
+        name: torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
+        for name in ("x", "weak", "strong")
+    }
+    labels = {
+        name: torch.randint(0, classes, (batch, size, size), dtype=torch.uint8, generator=rng)
+        for name in ("y", "truth")
+    }
     labels["y"][0, :5] = 255
     return images | labels | {"valid": torch.rand(batch, size, size, generator=rng) < 0.9}
 
@@ -42,13 +52,17 @@ def networks(seed=0, classes=3):
 
 def losses(batch, step=3, options=None, **changes):
     student, teacher = networks()
-    loss, log = T.training_losses(student, teacher, batch, step, arguments(**changes), options or {}, np.random.default_rng(0))
+    loss, log = T.training_losses(
+        student, teacher, batch, step, arguments(**changes), options or {}, np.random.default_rng(0)
+    )
     loss.backward()
     return loss.item(), [p.grad.clone() for p in student.parameters()], log
 
 
 def test_the_learning_rate_is_the_paper_s_power_of_what_is_left():
-    assert [T.learning_rate(step, 100, 0.01) for step in (0, 50, 99)] == pytest.approx([0.01, 0.01 * 0.5**0.9, 0.01 * 0.01**0.9])
+    assert [T.learning_rate(step, 100, 0.01) for step in (0, 50, 99)] == pytest.approx(
+        [0.01, 0.01 * 0.5**0.9, 0.01 * 0.01**0.9]
+    )
 
 
 def test_cross_entropy_is_the_mean_over_labeled_pixels():
@@ -60,7 +74,7 @@ def test_cross_entropy_is_the_mean_over_labeled_pixels():
 
 def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on():
     loss, gradients, log = losses(little_batch(), options={"threshold": 2.0})
-    assert log["loss_u"] == 0 and loss == log["loss_x"].item() > 0 and all(g.isfinite().all() for g in gradients)
+    assert log["losses"][2] == 0 and loss == log["losses"][1].item() > 0 and all(g.isfinite().all() for g in gradients)
     nothing = little_batch()
     nothing["y"].fill_(255)
     loss, gradients, _ = losses(nothing, options={"threshold": 2.0})
@@ -95,28 +109,35 @@ def test_the_frameworks_differ_in_their_strong_view_alone():
     same = batch | {"strong": batch["weak"]}
     assert losses(batch, framework="cutmixseg")[0] == losses(same, framework="fixmatch")[0] != losses(batch)[0]
     loss, _, log = losses(batch, framework="supervised")
-    assert loss == log["loss_x"] and "loss_u" not in log
+    assert log["losses"].tolist() == [loss, loss, 0] and "pseudo" not in log
     assert losses(batch, warmup_steps=4)[0] == loss != losses(batch, warmup_steps=3)[0]
 
 
 def test_the_teacher_receives_no_gradient_and_lambda_weighs_the_unlabeled_loss():
     student, teacher = networks()
-    loss, log = T.training_losses(student, teacher, little_batch(), 3, arguments(lambda_u=0.25), {}, np.random.default_rng(0))
+    loss, log = T.training_losses(
+        student, teacher, little_batch(), 3, arguments(lambda_u=0.25), {}, np.random.default_rng(0)
+    )
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
-    assert loss.item() == pytest.approx((log["loss_x"] + 0.25 * log["loss_u"]).item())
+    assert loss.item() == log["losses"][0] == pytest.approx((log["losses"][1] + 0.25 * log["losses"][2]).item())
 
 
 def test_figures_count_kept_and_correct_with_and_without_refinement():
     prob = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.45, 0.55], [0.2, 0.8]]).T.view(1, 2, 2, 2)
-    batch = {"valid": torch.ones(1, 2, 2, dtype=torch.bool), "truth": torch.tensor([[[0, 255], [0, 1]]], dtype=torch.uint8)}
-    pseudo = T.pseudo_labels(prob, None, threshold=0.05)
-    figures = T.pseudo_label_figures(prob, pseudo, batch, {})
+    batch = {
+        "valid": torch.ones(1, 2, 2, dtype=torch.bool),
+        "truth": torch.tensor([[[0, 255], [0, 1]]], dtype=torch.uint8),
+    }
+    pseudo = pseudo_labels(prob, None, threshold=0.05)
+    figures = pseudo_label_figures(prob, pseudo, batch, {})
     raw_keep, keep = torch.tensor([True, False, True, True]), pseudo.keep.flatten()
     right = (pseudo.label.flatten() == batch["truth"].flatten()) & keep
     judged = keep & torch.tensor([True, False, True, True])
     assert figures["kept_raw"] == raw_keep.float().mean().item() and figures["kept"] == keep.float().mean().item()
-    assert figures["correct_raw"] == pytest.approx(2 / 3) and figures["correct"] == pytest.approx((right.sum() / judged.sum()).item())
+    assert figures["correct_raw"] == pytest.approx(2 / 3) and figures["correct"] == pytest.approx(
+        (right.sum() / judged.sum()).item()
+    )
     assert figures["tp_change"] == pytest.approx((right.sum().item() - 2) / 3)
     assert figures["fp_change"] == pytest.approx(((judged.sum() - right.sum()).item() - 1) / 3)
 
@@ -172,7 +193,11 @@ def run(out, *arguments):
 
 
 def lines(out, event):
-    return [record for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if record["event"] == event]
+    return [
+        record
+        for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if record["event"] == event
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +213,25 @@ def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
     )  # fmt: skip
     assert "step 4/4" in done.stdout and "mIoU" in done.stdout
     first, last = lines(out, "train")[0], lines(out, "train")[-1]
-    assert len(lines(out, "train")) == 4 and "kept" not in first and {"loss_u", "threshold", "kept", "correct", "tp_change"} <= set(last)
+    assert (
+        len(lines(out, "train")) == 4
+        and "kept" not in first
+        and {"loss_u", "threshold", "kept", "correct", "tp_change"} <= set(last)
+    )
     assert {"args.json", "metrics.jsonl", "last.pth", "best.pth", "panels"} == {path.name for path in out.iterdir()}
     assert sorted(path.name for path in (out / "panels").iterdir()) == ["step-000002.png", "step-000004.png"]
     assert json.loads((out / "args.json").read_text())["torch"] == torch.__version__
 
-    done = script("evaluate.py", out / "last.pth", "--json", tmp_path / "scores.json", "--panels", tmp_path / "panels", "--device", "cpu")
+    done = script(
+        "evaluate.py",
+        out / "last.pth",
+        "--json",
+        tmp_path / "scores.json",
+        "--panels",
+        tmp_path / "panels",
+        "--device",
+        "cpu",
+    )
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["miou"] == pytest.approx(lines(out, "val")[-1]["miou"]) and len(result["iou"]) == 11
     assert list((tmp_path / "panels").iterdir()) and "pixel accuracy" in done.stdout
@@ -241,7 +279,20 @@ def equal_states(one, two):
 
 
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatch, camvid_root):
-    common = ["--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 5, "--warmup-epochs", 1, "--eval-every", 1]
+    common = [
+        "--dataset",
+        "camvid",
+        "--root",
+        camvid_root,
+        "--labeled",
+        2,
+        "--iters",
+        5,
+        "--warmup-epochs",
+        1,
+        "--eval-every",
+        1,
+    ]
     whole = run(tmp_path / "whole", *common)
     original, saved = T.Run.evaluate, []
 
@@ -262,7 +313,9 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatc
 
 def test_the_seed_alone_decides_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("data.SHAPES_VAL", 1)
-    one, two, other = (run(tmp_path / str(i), "--iters", 2, "--warmup-epochs", 0, "--seed", seed) for i, seed in enumerate((0, 0, 1)))
+    one, two, other = (
+        run(tmp_path / str(i), "--iters", 2, "--warmup-epochs", 0, "--seed", seed) for i, seed in enumerate((0, 0, 1))
+    )
     assert equal_states(one, two) and not equal_states(one, other)
 
 
@@ -272,11 +325,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     def poisoned(*args):
         loss, log = original(*args)
         calls.append(1)
-        return (loss * math.nan if len(calls) == 3 else loss), log
+        return (loss * math.nan, log | {"losses": log["losses"] * math.nan}) if len(calls) == 3 else (loss, log)
 
     monkeypatch.setattr(T, "training_losses", poisoned)
-    with pytest.raises(InputError, match="the loss of step 3 is nan, training stopped, .*last.pth is the last good checkpoint"):
-        run(tmp_path, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 5, "--eval-every", 1, "--log-every", 100)
+    with pytest.raises(
+        InputError, match="the loss of step 3 is nan, training stopped, .*last.pth is the last good checkpoint"
+    ):
+        run(
+            tmp_path,
+            "--dataset",
+            "camvid",
+            "--root",
+            camvid_root,
+            "--labeled",
+            2,
+            "--iters",
+            5,
+            "--eval-every",
+            1,
+            "--log-every",
+            100,
+        )
     checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
     assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["student"].values())
 
@@ -301,7 +370,10 @@ def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch, c
     "arguments, says",
     [
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (["--dataset", "camvid", "--root", "nowhere"], "--root nowhere is not there; expected a folder that holds train/"),
+        (
+            ["--dataset", "camvid", "--root", "nowhere"],
+            "--root nowhere is not there; expected a folder that holds train/",
+        ),
         (["--labeled", "1000"], "--labeled 1000 is impossible; expected 1 to 480"),
         (["--labeled", "all"], "--labeled all leaves no unlabeled image; use --framework supervised"),
         (["--crop", "4000"], "--crop 4000 is larger than the images can fill"),
@@ -336,5 +408,7 @@ def test_help_names_where_defaults_come_from():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_few_steps_on_a_gpu(tmp_path):
     out = tmp_path / "run"
-    script("train.py", "--crop", 64, "--workers", 0, "--device", "cuda", "--iters", 3, "--warmup-epochs", 0, "--out", out)
+    script(
+        "train.py", "--crop", 64, "--workers", 0, "--device", "cuda", "--iters", 3, "--warmup-epochs", 0, "--out", out
+    )
     assert math.isfinite(lines(out, "train")[-1]["loss"]) and lines(out, "train")[-1]["peak_memory_gib"] > 0
