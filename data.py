@@ -66,29 +66,45 @@ def palette():
 
 SHAPES_SIZE = 96  # pixels
 SHAPES_TRAIN, SHAPES_VAL = 480, 96  # images
-FORMS, TEXTURES = ("disc", "triangle"), ("striped", "checked", "dotted")
+SHAPES = (  # texture and form of each class
+    ("striped", "disc"), ("checked", "square"), ("ringed", "triangle"),
+    ("speckled", "disc"), ("zigzag", "square"), ("dotted", "triangle"),
+)  # fmt: skip
 
 
 def _distance(form, u, v, radius):
     """Signed distance in pixels from the form's outline, negative inside; (u, v) are centered and rotated."""
     if form == "disc":
         return np.hypot(u, v) - radius
+    if form == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
     sides = [u * np.cos(angle) + v * np.sin(angle) for angle in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
     return np.maximum.reduce(sides) - 0.6 * radius
 
 
-def _texture(texture, u, v, period, phase):
-    """True where the second of an object's two colors shows."""
-    one, two = np.sin(2 * np.pi * u / period + phase), np.sin(2 * np.pi * v / period + phase)
-    return {"striped": one > 0, "checked": one * two > 0, "dotted": one + two > 0.9}[texture]
+def _texture(texture, u, v, period, rng):
+    """True where the second of an object's two shades shows."""
+    if texture == "ringed":
+        return np.hypot(u, v) % period < period / 2
+    u, v = (w + rng.uniform(0, period) for w in (u, v))
+    if texture == "striped":
+        return u % period < period / 2
+    if texture == "zigzag":
+        return (u + np.abs(v % (2 * period) - period)) % period < period / 2
+    if texture == "dotted":
+        return np.hypot(u % period - period / 2, v % period - period / 2) < 0.36 * period
+    cells = [np.floor(2 * w / period).astype(int) for w in (u, v)]
+    if texture == "checked":
+        return (cells[0] + cells[1]) % 2 == 1
+    return rng.random((200, 200))[cells[0], cells[1]] < 0.5  # speckled
 
 
 @cache  # 37 kB each
 def draw_shapes(index):
     """Image `index` of the embedded dataset: (RGB image, mask), a pure function of the index.
 
-    Six classes, a form with a texture each; color says nothing. Plain blobs and bars are background, objects hide one
-    another, everything is noisy, and a border two pixels wide around each object is 255, as in PASCAL.
+    Six classes, a form with a texture each; color says nothing. Plain blobs are background, objects hide one another,
+    everything is noisy, and a border two pixels wide around each object is 255, as in PASCAL.
     """
     rng = np.random.default_rng([20230913, index])
     size = SHAPES_SIZE
@@ -105,16 +121,16 @@ def draw_shapes(index):
     for _ in range(rng.integers(4, 9)):  # clutter: background, however it looks
         u, v = placed()
         image[np.hypot(u / rng.uniform(2, 14), v / rng.uniform(2, 8)) < 1] = rng.uniform(0, 1, 3)
-    for _ in range(rng.integers(4, 8)):
-        kind = rng.integers(len(FORMS) * len(TEXTURES))
-        form, texture = FORMS[kind // len(TEXTURES)], TEXTURES[kind % len(TEXTURES)]
+    for _ in range(rng.integers(3, 6)):
+        kind = rng.integers(len(SHAPES))
+        texture, form = SHAPES[kind]
         u, v = placed()
-        radius, period = rng.uniform(14, 32), rng.uniform(8, 11)
+        radius, period = rng.uniform(14, 30), rng.uniform(6, 9)
         distance = _distance(form, u, v, radius)
         one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, whichever way round
         two = one * rng.uniform(0.1, 0.4)
         one, two = (one, two) if rng.random() < 0.5 else (two, one)
-        colors = np.where(_texture(texture, u, v, period, rng.uniform(0, 2 * np.pi))[..., None], one, two)
+        colors = np.where(_texture(texture, u, v, period, rng)[..., None], one, two)
         image = np.where((distance < 0)[..., None], colors, image)
         mask[distance < 1] = IGNORE
         mask[distance < -1] = 1 + kind
@@ -167,7 +183,7 @@ class Spec(NamedTuple):
 
 DATASETS = {
     "shapes": Spec(
-        ("background", *(f"{texture} {form}" for form in FORMS for texture in TEXTURES)),
+        ("background", *(f"{texture} {form}" for texture, form in SHAPES)),
         list_shapes,
         scales=(0.75, 1.5),
     ),
