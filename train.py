@@ -41,8 +41,8 @@ from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 # What --dataset means for every option left out; (dataset, device) adds to dataset. All of them are [ours].
 PRESETS = {
     "shapes": dict(
-        labeled="12", crop=64, backbone="resnet10", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02,
-        weight_decay=5e-4, warmup_epochs=2, eval_every=5, workers=1, log_every=20,
+        labeled="24", crop=64, backbone="resnet10", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02,
+        weight_decay=5e-4, warmup_epochs=2, eval_every=3, workers=1, log_every=20,
     ),
     "camvid": dict(labeled="46", weight_decay=1e-4, warmup_epochs=1, log_every=10),
     ("camvid", "cpu"): dict(
@@ -122,20 +122,17 @@ def average_batchnorm(model, world):
 
 def environment():
     """Versions and commit, for args.json."""
-    here = Path(__file__).parent
-    commit = (
-        subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
-    )
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "commit": commit,
-    }
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # git is not installed
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return versions | {"commit": commit}
 
 
 def class_prior(data, neighborhood):
-    """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels of the class."""
+    """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels."""
     agreement, pixels = torch.zeros(2, len(data.classes), dtype=torch.double)
     for item in data.labeled:
         mask = pil_to_tensor(read(item, data)[1])  # (1,H,W)
@@ -169,7 +166,7 @@ class Run:
         self.args, self.out = args, Path(args.out)
         self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits)
         resolve_lengths(args, self.data, self.device, self.world)
-        checkpoint = self.open_folder()
+        checkpoint = self.find_checkpoint()
 
         torch.manual_seed(args.seed)
         if args.deterministic:
@@ -201,42 +198,42 @@ class Run:
         if args.compile:
             self.student, self.predict = torch.compile(self.student), torch.compile(self.teacher)
 
-    def open_folder(self):
-        """Makes --out and writes args.json; with --resume returns the last checkpoint, if there is one."""
-        out, checkpoint = self.out, None
-        if (out / "args.json").exists() and not self.args.resume:
+    def find_checkpoint(self):
+        """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
+        last = self.out / "last.pth"
+        if (self.out / "args.json").exists() and not self.args.resume:
             raise InputError(
-                f"{out} already holds a run; continue it with --resume, or choose another folder with --out"
+                f"{self.out} already holds a run; continue it with --resume, or choose another folder with --out"
             )
-        if self.args.resume and (out / "last.pth").exists():
-            checkpoint = load_checkpoint(out / "last.pth")
-            if list(checkpoint["classes"]) != list(self.data.classes):
-                raise InputError(
-                    f"{out / 'last.pth'} predicts {len(checkpoint['classes'])} classes, {self.data.name} has "
-                    f"{len(self.data.classes)}; expected the run's own dataset, or another --out"
-                )
-            saved = checkpoint["args"]
-            changed = [
-                name for name, value in vars(self.args).items() if name not in MAY_CHANGE and saved.get(name) != value
-            ]
-            if changed:
-                difference = ", ".join(
-                    f"{name} was {saved.get(name)} and is {getattr(self.args, name)}" for name in changed
-                )
-                raise InputError(
-                    f"--resume: in {out}, {difference}; expected the same arguments, or another --out for another run"
-                )
-        if self.world > 1:
-            dist.barrier()  # every process has looked before one of them writes
-        if self.rank == 0:
-            (out / "panels").mkdir(parents=True, exist_ok=True)
-            metrics = out / "metrics.jsonl"
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            kept = [line for line in lines if checkpoint and json.loads(line)["step"] <= checkpoint["step"]]
-            metrics.write_text("".join(f"{line}\n" for line in kept))
-            (out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
-            print(json.dumps(vars(self.args)), flush=True)
+        if not (self.args.resume and last.exists()):
+            return None
+        checkpoint = load_checkpoint(last)
+        if list(checkpoint["classes"]) != list(self.data.classes):
+            raise InputError(
+                f"{last} predicts {len(checkpoint['classes'])} classes, {self.data.name} has {len(self.data.classes)}; "
+                "expected the run's own dataset, or another --out"
+            )
+        saved, now = checkpoint["args"], vars(self.args)
+        changed = [name for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
+        if changed:
+            difference = ", ".join(f"{name} was {saved.get(name)} and is {now[name]}" for name in changed)
+            raise InputError(
+                f"--resume: in {self.out}, {difference}; expected the same arguments, or another --out for another run"
+            )
         return checkpoint
+
+    def open_folder(self):
+        """Makes --out, writes args.json, and drops the lines of metrics.jsonl that will be written again."""
+        if self.world > 1:
+            dist.barrier()  # every process has looked for a checkpoint before one of them writes
+        if self.rank == 0:
+            (self.out / "panels").mkdir(parents=True, exist_ok=True)
+            metrics = self.out / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(f"{line}\n" for line in kept))
+            (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
+            print(json.dumps(vars(self.args)), flush=True)
 
     def restore(self, checkpoint):
         """Continues where the checkpoint was saved; schedules and randomness follow from the step alone."""
@@ -321,15 +318,12 @@ def train(run):
         run.data, range(run.step, args.iters), args.batch_size, args.crop, args.framework, args.seed,
         args.workers, run.rank, run.world, pin_memory=run.device.type == "cuda",
     )  # fmt: skip
+    run.open_folder()
     first, losses, paused, result = run.step, [], 0.0, None
     began = since = time.perf_counter()
     for step, batch in enumerate(loader, first):
-        batch = {
-            name: value.to(run.device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)
-        }
-        rng = generator(
-            args.seed, "step", step, run.rank
-        )  # CutMix's boxes; dropout and random neighbors follow from it
+        batch = {name: view.to(run.device, non_blocking=True) for name, view in batch.items() if torch.is_tensor(view)}
+        rng = generator(args.seed, "step", step, run.rank)  # for CutMix, and through the next line for dropout
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.iters, group["base"], args.power)
@@ -352,10 +346,8 @@ def train(run):
             record = run.log(losses, log, batch, time.perf_counter() - since)
             losses, since = [], time.perf_counter()
             if run.rank == 0:
-                print(
-                    progress(record, args, (since - began - paused) / (run.step - first) * (args.iters - run.step)),
-                    flush=True,
-                )
+                seconds_per_step = (since - began - paused) / (run.step - first)
+                print(progress(record, args, seconds_per_step * (args.iters - run.step)), flush=True)
         if evaluating:
             result = run.evaluate()
             paused += time.perf_counter() - since
@@ -409,9 +401,8 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'more than' if above else 'at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
+            limit = f"{'more than' if above else 'at least'} {low}"
+            limit += f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
         return value
 
