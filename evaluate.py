@@ -145,15 +145,18 @@ def panel(model, data, items, device, alpha, options):
         labels = [truth[0], *(label[0].cpu() for label in (prob.argmax(1), raw.label, refined.label))]
         truth, teacher, *kept = (overlay(image[0], label) for label in labels)
         tiles = [image[0], truth, teacher, *map(heat, sure), *kept]
-        rows.append(torch.cat([F.pad(tile, (2, 2, 2, 2), value=255) for tile in tiles], 2).permute(1, 2, 0).numpy())
+        row = torch.cat([F.pad(tile, (2, 2, 2, 2), value=255) for tile in tiles], 2).permute(1, 2, 0)
+        row = Image.fromarray(row.numpy())
+        row.thumbnail((260 * len(titles), row.height))  # readable at a glance, however large the images are
+        rows.append(row)
     header = 14  # pixels
-    sheet = Image.new("RGB", (max(row.shape[1] for row in rows), header + sum(len(row) for row in rows)), "white")
+    sheet = Image.new("RGB", (max(row.width for row in rows), header + sum(row.height for row in rows)), "white")
     top = header
     for row in rows:
-        sheet.paste(Image.fromarray(row), (0, top))
-        top += len(row)
+        sheet.paste(row, (0, top))
+        top += row.height
     for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((i * rows[0].shape[1] // len(titles) + 3, 1), title, fill="black")
+        ImageDraw.Draw(sheet).text((i * rows[0].width // len(titles) + 3, 1), title, fill="black")
     return sheet
 
 
