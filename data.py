@@ -218,7 +218,7 @@ def mask_values(num_classes, void=()):
 def open_dataset(name, root, labeled, splits="splits"):
     """Lists a dataset and cuts its training images into labeled and unlabeled ones.
 
-    labeled: "all", a file of image ids, or a number N: the list splits/<name>/N.txt where there is one, else N images
+    labeled: "all", a list of image ids or a file of them, or a number N: the list splits/<name>/N.txt where there is one, else N images
     evenly spaced over the sorted ids. unlabeled = the training images that are not labeled, by construction.
     Raises InputError for an unknown dataset, list or id, an empty folder, and labeled images without a mask.
     """
@@ -229,7 +229,8 @@ def open_dataset(name, root, labeled, splits="splits"):
     for split in ("train", "val"):
         if not items[split]:
             raise InputError(f"--root {root} holds no {split} images of {name}; expected {split}/*.jpg or *.png")
-    chosen = labeled_ids(name, [item.id for item in items["train"]], str(labeled), Path(splits))
+    labeled = labeled if isinstance(labeled, list) else str(labeled)
+    chosen = labeled_ids(name, [item.id for item in items["train"]], labeled, Path(splits))
     data = Data(
         name,
         spec.classes,
@@ -251,7 +252,9 @@ def open_dataset(name, root, labeled, splits="splits"):
 
 def labeled_ids(name, train_ids, labeled, splits):
     """The set of ids that `--labeled` means; see `open_dataset`."""
-    published = sorted(int(path.stem) for path in (splits / name).glob("[0-9]*.txt"))
+    if isinstance(labeled, list):
+        return set(labeled)
+    published = sorted(int(path.stem) for path in (splits / name).glob("*.txt") if path.stem.isdecimal())
     if labeled == "all":
         return set(train_ids)
     if labeled.isdecimal() and int(labeled) not in published:
@@ -267,7 +270,7 @@ def labeled_ids(name, train_ids, labeled, splits):
         raise InputError(
             f"--labeled {labeled} is not a number and no such file exists; expected a number, all, or a list of ids"
         )
-    chosen = set(file.read_text().split())
+    chosen = set(file.read_text(errors="replace").split())
     unknown = sorted(chosen - set(train_ids))
     if unknown or not chosen:
         raise InputError(

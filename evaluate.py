@@ -1,8 +1,10 @@
 """What a checkpoint is worth: IoU per class, mIoU, pixel accuracy; panels.
 
-python evaluate.py runs/shapes-12-fixmatch-0/last.pth
-python evaluate.py ckpt.pth --root data --json scores.json --panels panels
-torchrun --nproc_per_node=8 evaluate.py ckpt.pth
+    python evaluate.py runs/shapes-24-fixmatch-0/last.pth
+    python evaluate.py ckpt.pth --root data --json scores.json --panels panels
+    torchrun --nproc_per_node=8 evaluate.py ckpt.pth
+
+The dataset, the classes and the network are those that the checkpoint names.
 """
 
 import argparse
@@ -180,7 +182,7 @@ def load_checkpoint(path):
         raise InputError(
             f"checkpoint {path} could not be read ({type(error).__name__}); it is truncated, or not of train.py"
         ) from error
-    lacking = {"step", "args", "classes", "student", "teacher"} - set(
+    lacking = {"step", "args", "classes", "labeled", "student", "teacher"} - set(
         checkpoint if isinstance(checkpoint, dict) else ()
     )
     if lacking:
@@ -263,12 +265,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)
     run = checkpoint["args"]
-    data = open_dataset(run["dataset"], args.root or run["root"], run["labeled"], run["splits"])
+    data = open_dataset(run["dataset"], args.root or run["root"], checkpoint["labeled"])
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(
             f"checkpoint {args.checkpoint} predicts {len(checkpoint['classes'])} classes, {data.name} has "
             f"{len(data.classes)}; expected the same classes in the same order"
         )
+    for folder in (args.panels, args.json and Path(args.json).parent):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
     rank, world, device = start_processes(args.device)
     model = load_model(checkpoint, args.checkpoint, "student" if args.student else "teacher").to(device)
     result = evaluate(model, data, data.val, device, args.workers, rank, world)
@@ -288,7 +293,6 @@ def main(argv=None):
     if args.panels:
         prior = checkpoint.get("prior")
         options = refinement_options(run, None if prior is None else prior.to(device))
-        Path(args.panels).mkdir(parents=True, exist_ok=True)
         file = Path(args.panels) / f"step-{checkpoint['step']:06d}.png"
         panel(
             model, data, panel_items(data), device, dpa_alpha(checkpoint["step"], run["iters"], run["alpha0"]), options

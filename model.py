@@ -1,9 +1,11 @@
 """DeepLabv3+ (Chen et al., 2018b) on torchvision's ResNets, and its moving-average teacher.
 
-student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
-logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
-teacher = ema_teacher(student, decay=0.99)
-teacher.update_parameters(student)                            # after each optimizer step
+    student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
+    logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
+    teacher = ema_teacher(student, decay=0.99)
+    teacher.update_parameters(student)                            # after each optimizer step
+
+Backbone, ASPP and moving average are the libraries' own; this file joins them.
 """
 
 from pathlib import Path
@@ -36,7 +38,7 @@ def resnet(name, weights="none"):
         enum = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
             state = enum.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; or another hash than torchvision's
             raise ValueError(
                 f"the ImageNet weights of {name} could not be downloaded from {enum.url} ({error}); "
                 "download that file elsewhere and give --weights FILE, or train from scratch with --weights none"
@@ -57,14 +59,19 @@ def resnet(name, weights="none"):
     return net
 
 
-def set_stride_and_dilation(stage, dilation):
-    """Turns a ResNet stage of stride 2 into one of stride 1 whose 3x3 convolutions are dilated instead."""
-    # torchvision's replace_stride_with_dilation does the same, for Bottleneck blocks alone.
+def replace_stride_with_dilation(stage, dilation):
+    """Turns a ResNet stage of stride 2 into one of stride 1 that computes the same values on the finer grid.
+
+    dilation: 2 for the first stage that is changed, 4 for the next. The 3x3 convolution that had the stride still sees
+    the grid before it, so it keeps half of that dilation.
+    """
+    # torchvision's option of this name does the same, for Bottleneck blocks alone; a test holds both side by side.
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
+            rate = dilation // 2 if module.stride == (2, 2) else dilation
             module.stride = (1, 1)
             if module.kernel_size == (3, 3):
-                module.dilation = module.padding = (dilation, dilation)
+                module.dilation = module.padding = (rate, rate)
 
 
 class DeepLabV3Plus(nn.Module):
@@ -83,8 +90,8 @@ class DeepLabV3Plus(nn.Module):
         deep, low = self.backbone.fc.in_features, 64 * self.backbone.layer1[-1].expansion
         del self.backbone.fc, self.backbone.avgpool
         if output_stride == 8:
-            set_stride_and_dilation(self.backbone.layer3, 2)
-        set_stride_and_dilation(self.backbone.layer4, 32 // output_stride)
+            replace_stride_with_dilation(self.backbone.layer3, 2)
+        replace_stride_with_dilation(self.backbone.layer4, 32 // output_stride)
         self.aspp = ASPP(deep, ATROUS_RATES[output_stride], 256)
         self.low_level = Conv2dNormActivation(low, 48, kernel_size=1)
         self.decoder = nn.Sequential(Conv2dNormActivation(256 + 48, 256), Conv2dNormActivation(256, 256))
@@ -98,7 +105,7 @@ class DeepLabV3Plus(nn.Module):
         low = self.low_level(low)
         context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))  # (B,C,H/4,W/4)
-        return F.interpolate(logits, size=x.shape[-2:], mode="bilinear")
+        return F.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear")  # bfloat16 would tie the margins
 
 
 def ema_decay(updates, decay=0.99):
@@ -116,7 +123,5 @@ def ema_teacher(student, decay=0.99):
     def average(teacher, student, updates):
         get_ema_multi_avg_fn(ema_decay(int(updates), decay))(teacher, student, updates)
 
-    teacher = AveragedModel(
-        student, multi_avg_fn=average
-    )  # its counter stays on the CPU, so reading it waits for nothing
+    teacher = AveragedModel(student, multi_avg_fn=average)
     return teacher.requires_grad_(False).eval()

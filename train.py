@@ -131,6 +131,13 @@ def environment():
     return versions | {"commit": commit}
 
 
+def write_aside(path, text):
+    """Writes a file under another name and renames it, so that no moment leaves half of it."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
 def class_prior(data, neighborhood):
     """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels."""
     agreement, pixels = torch.zeros(2, len(data.classes), dtype=torch.double)
@@ -229,11 +236,14 @@ class Run:
         if self.rank == 0:
             (self.out / "panels").mkdir(parents=True, exist_ok=True)
             metrics = self.out / "metrics.jsonl"
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(f"{line}\n" for line in kept))
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            write_aside(metrics, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
             (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
             print(json.dumps(vars(self.args)), flush=True)
+            if self.args.framework != "supervised" and self.args.warmup_steps >= self.args.iters:
+                steps = f"the warm-up of {self.args.warmup_steps} steps outlasts the run of {self.args.iters}"
+                print(f"note: {steps}, so no unlabeled image will be used; see --warmup-epochs", flush=True)
 
     def restore(self, checkpoint):
         """Continues where the checkpoint was saved; schedules and randomness follow from the step alone."""
@@ -247,11 +257,17 @@ class Run:
         """Writes a checkpoint aside and renames it, so that no moment leaves a broken one. Plain values and tensors only."""
         state = {
             "step": self.step, "best": self.best, "args": vars(self.args), "classes": list(self.data.classes),
+            "labeled": [item.id for item in self.data.labeled],
             "prior": self.prior, "student": self.model.state_dict(), "teacher": self.teacher.module.state_dict(),
             "updates": int(self.teacher.n_averaged), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         torch.save(state, self.out / f"{name}.tmp")
         os.replace(self.out / f"{name}.tmp", self.out / name)
+
+    def last_good(self):
+        """Half a sentence about last.pth."""
+        last = self.out / "last.pth"
+        return f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
 
     def write(self, record):
         """Appends one record to metrics.jsonl."""
@@ -285,17 +301,23 @@ class Run:
         losses = (losses / self.world).tolist()
         for step, (loss, *_) in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                last = self.out / "last.pth"
-                good = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
                 raise InputError(
-                    f"the loss of step {step} is {loss}, training stopped, {good}; lower --lr and --head-lr"
+                    f"the loss of step {step} is {loss}, training stopped, {self.last_good()}; lower --lr and --head-lr"
                 )
         return [sum(column) / len(losses) for column in zip(*losses)]
 
     def evaluate(self):
         """Scores the teacher, saves last.pth and perhaps best.pth, draws the panel. Returns the scores."""
         args, data = self.args, self.data
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise InputError(
+                f"step {self.step} left weights that are not finite, {self.last_good()}; lower --lr and --head-lr"
+            )
         result = evaluate(self.teacher, data, data.val, self.device, args.workers, self.rank, self.world)
+        if result["miou"] is None:
+            raise InputError(
+                "no pixel of the validation images has a label; expected masks of class indices, not 255 alone"
+            )
         improved = result["miou"] > self.best
         self.best = max(self.best, result["miou"])
         if self.rank == 0:
@@ -387,6 +409,7 @@ def resolve_lengths(args, data, device, world):
     args.steps_per_epoch = math.ceil(len(data.unlabeled or data.labeled) / (args.batch_size * world))
     args.iters = args.iters or args.epochs * args.steps_per_epoch
     args.warmup_steps = args.warmup_epochs * args.steps_per_epoch
+    args.processes = world
     alone = args.batch_size == 1 and not (world > 1 and device.type == "cuda")
     if alone and (args.framework == "supervised" or args.warmup_steps):
         raise InputError(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet50
 
-from model import ATROUS_RATES, BACKBONES, DeepLabV3Plus, ema_decay, ema_teacher, resnet, set_stride_and_dilation
+from model import ATROUS_RATES, BACKBONES, DeepLabV3Plus, ema_decay, ema_teacher, replace_stride_with_dilation, resnet
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -25,15 +25,25 @@ def test_logits_have_the_size_of_the_image_and_features_the_stride(backbone, out
     assert tuple(rates) == ATROUS_RATES[output_stride] == {16: (6, 12, 18), 8: (12, 24, 36)}[output_stride]
 
 
-def test_a_dilated_stage_sees_what_the_strided_one_saw():
+def test_a_dilated_stage_computes_what_the_strided_one_did_on_a_finer_grid():
     torch.manual_seed(0)
     stage = resnet("resnet18").eval().layer4
     x = torch.randn(1, 256, 16, 16)
     with torch.no_grad():
-        strided = stage[0](x)
-        set_stride_and_dilation(stage[0], 1)
-        stage[0].conv2.dilation = stage[0].conv2.padding = (2, 2)
-        assert torch.allclose(stage[0](x)[..., ::2, ::2], strided, atol=1e-5)
+        strided = stage(x)
+        replace_stride_with_dilation(stage, 2)
+        assert stage(x).shape[-2:] == x.shape[-2:]
+        torch.testing.assert_close(stage(x)[..., ::2, ::2], strided)
+
+
+@pytest.mark.parametrize("output_stride, dilated", [(16, [False, False, True]), (8, [False, True, True])])
+def test_a_dilated_resnet_is_torchvision_s_own(output_stride, dilated):
+    ours = DeepLabV3Plus("resnet50", 2, output_stride).backbone
+    theirs = resnet50(replace_stride_with_dilation=dilated)
+    for name, conv in theirs.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            mine = ours.get_submodule(name)
+            assert (mine.stride, mine.dilation, mine.padding) == (conv.stride, conv.dilation, conv.padding), name
 
 
 def test_weights_come_from_a_local_file(tmp_path):

@@ -242,9 +242,9 @@ def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
     assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(result["iou"]), two.stderr
 
 
-def test_two_processes_train_on_the_cpu_and_stay_equal(tmp_path, camvid_root):
+def test_two_processes_train_and_evaluate_together(tmp_path, camvid_root):
     script(
-        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 3, "--warmup-epochs", 1,
+        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 3, "--eval-every", 1, "--warmup-epochs", 1,
         "--out", tmp_path / "run", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
     )  # fmt: skip
     record = lines(tmp_path / "run", "train")[-1]
