@@ -1,13 +1,24 @@
-"""Datasets, partitions, augmentation and loaders.
+"""Datasets, partitions, augmentation and loaders; fetching and checking what they need.
 
-    data = open_dataset("camvid", "data", labeled=46)             # lists only; no image is read yet
+    data = open_dataset("pascal", "data", labeled=92)             # lists, and a look at a few masks
     loader = training_loader(data, steps=range(0, 1000), ...)     # one batch of labeled and unlabeled views per step
+
+    python data.py pascal --root data                             # download PASCAL VOC 2012; --sbd: coarse masks as well
+    python data.py cityscapes --root data                         # what to download, and what is there
+    python data.py check --dataset pascal --root data --labeled 92
 
 Whatever is random here is a function of (seed, stream, number of the draw), so that neither the number of workers nor
 a resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
 """
 
+import argparse
+import os
+import sys
+import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +27,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import Cityscapes, SBDataset, VOCSegmentation
+from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES, MASK_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png",)
+SPLITS = Path(__file__).parent / "splits"
 STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step"))}
 
 
@@ -30,10 +45,10 @@ class InputError(ValueError):
 
 
 class Item(NamedTuple):
-    """One image. image and mask are files, or the number of a drawn image; mask is None where nobody labeled it."""
+    """One image. image and mask are files, or the number of a drawn image, or None where there is no such file."""
 
     id: str
-    image: Path | int
+    image: Path | int | None
     mask: Path | int | None
 
 
@@ -43,10 +58,11 @@ class Data(NamedTuple):
     name: str
     classes: tuple  # names, by class index
     scales: tuple  # random resizing of its training images, smallest and largest factor
-    values: np.ndarray  # (256,) uint8: class of each mask value, 255 = ignore, 254 = not allowed
+    values: dict  # end of a mask's stem -> (256,) uint8, the class of each value in the file; 255 = ignore, 254 = not allowed
     labeled: list
     unlabeled: list  # their masks, where there are any, serve for figures alone
     val: list
+    test: list  # empty where the dataset has none
 
 
 def generator(*key):
@@ -138,7 +154,7 @@ def draw_shapes(index):
     return Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)), Image.fromarray(mask)
 
 
-def list_shapes(root):
+def list_shapes(root, lists):
     """Items of the embedded dataset; nothing is looked for on the disk."""
     numbers = range(SHAPES_TRAIN + SHAPES_VAL)
     items = [Item(f"{i:04d}", i, i) for i in numbers]
@@ -149,112 +165,190 @@ def list_shapes(root):
 # datasets of files
 
 
-def find_root(root, name, folders):
-    """`root` or `root/name`, whichever holds the folders. Raises InputError where neither does."""
-    for candidate in (Path(root), Path(root) / name):
+def find_root(root, names, folders):
+    """`root`, or the first of `root/name`, that holds the folders. Raises InputError where none does."""
+    for candidate in (Path(root), *(Path(root) / name for name in names)):
         if all((candidate / folder).is_dir() for folder in folders):
             return candidate
     expected = ", ".join(f"{folder}/" for folder in folders)
+    below = " or ".join(f"{name}/" for name in names)
     if not Path(root).is_dir():
-        raise InputError(f"--root {root} is not there; expected a folder that holds {expected} or {name}/ with them")
+        raise InputError(f"--root {root} is not there; expected a folder that holds {expected} or {below} with them")
     missing = ", ".join(f"{folder}/" for folder in folders if not (Path(root) / folder).is_dir())
-    raise InputError(f"--root {root} lacks {missing}; expected {expected} in it or in {name}/ below it")
+    raise InputError(f"--root {root} lacks {missing}; expected {expected} in it or in {below} below it")
 
 
-def list_camvid(root):
-    """Items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/, val/, valannot/."""
-    root = find_root(root, "camvid", ("train", "trainannot", "val", "valannot"))
+def files(folder, suffixes):
+    """{stem: path} of the files in and below a folder with one of the suffixes, in either case; {} without the folder."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in suffixes]
+    found = {path.stem: path for path in paths}
+    if len(found) < len(paths):
+        twice = next(path for path in paths if found[path.stem] != path)
+        raise InputError(f"{twice} and {found[twice.stem]} have the same name; expected one of them, remove the other")
+    return found
+
+
+def id_list(file):
+    """The ids in a file, one per line. Raises InputError where it is not there or empty."""
+    if not file.is_file():
+        raise InputError(
+            f"the list {file} is not there; expected one image id per line, as in the folder {SPLITS.name}/"
+        )
+    ids = file.read_text(errors="replace").split()
+    if not ids:
+        raise InputError(f"the list {file} is empty; expected one image id per line")
+    return ids
+
+
+def list_camvid(root, lists):
+    """Items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/, val/, valannot/; test likewise."""
+    root = find_root(root, ("camvid",), ("train", "trainannot", "val", "valannot"))
     splits = {}
     for split in ("train", "val", "test"):
-        masks = {path.stem: path for path in sorted((root / f"{split}annot").glob("*.png"))}
-        images = sorted(path for path in (root / split).glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        splits[split] = [Item(path.stem, path, masks.get(path.stem)) for path in images]
+        images, masks = files(root / split, IMAGE_SUFFIXES), files(root / f"{split}annot", MASK_SUFFIXES)
+        splits[split] = [Item(id, image, masks.get(id)) for id, image in images.items()]
     return splits
 
 
-class Spec(NamedTuple):
-    """The facts of a dataset. Nothing about a dataset stands anywhere else."""
+def list_pascal(root, lists):
+    """Items of PASCAL VOC 2012 (Everingham et al., 2010), extended by SBD (Hariharan et al., 2011), as the lists name them.
 
-    classes: tuple
-    list_items: Callable  # root -> {"train": [Item], "val": [Item]}
-    scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
-    void: tuple = ()  # mask values besides 255 that mean ignore
+    Masks: SegmentationClass/ for the images that VOC annotated finely, SegmentationClassAug/ for all others.
+    """
+    root = find_root(root, ("VOCdevkit/VOC2012", "VOC2012"), ("JPEGImages", "SegmentationClass"))
+    images = files(root / "JPEGImages", IMAGE_SUFFIXES)
+    fine, coarse = (files(root / folder, MASK_SUFFIXES) for folder in ("SegmentationClass", "SegmentationClassAug"))
+    masks = fine | {
+        id: coarse.get(id, fine.get(id)) for id in set(id_list(lists / "train.txt")) - set(id_list(lists / "1464.txt"))
+    }
+    return {
+        split: [Item(id, images.get(id), masks.get(id)) for id in id_list(lists / f"{split}.txt")]
+        for split in ("train", "val")
+    }
 
 
-DATASETS = {
-    "shapes": Spec(
-        ("background", *(f"{texture} {form}" for texture, form in SHAPES)),
-        list_shapes,
-        scales=(0.75, 1.5),
-    ),
-    "camvid": Spec(
-        (
-            "sky",
-            "building",
-            "pole",
-            "road",
-            "pavement",
-            "tree",
-            "sign symbol",
-            "fence",
-            "car",
-            "pedestrian",
-            "bicyclist",
-        ),
-        list_camvid,
-        void=(11,),
-    ),
-}
+def list_cityscapes(root, lists):
+    """Items of Cityscapes (Cordts et al., 2016), as the lists name them; masks: labelTrainIds, else labelIds."""
+    root = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine"))
+    splits = {}
+    for split in ("train", "val"):
+        images, masks = (
+            files(root / "leftImg8bit" / split, IMAGE_SUFFIXES),
+            files(root / "gtFine" / split, MASK_SUFFIXES),
+        )
+        splits[split] = []
+        for id in id_list(lists / f"{split}.txt"):
+            kinds = (masks.get(f"{id}_gtFine_{kind}") for kind in ("labelTrainIds", "labelIds"))
+            splits[split].append(Item(id, images.get(f"{id}_leftImg8bit"), next(filter(None, kinds), None)))
+    return splits
 
 
 def mask_values(num_classes, void=()):
-    """(256,) uint8: what each value of a mask file means; see Data.values."""
+    """(256,) uint8 for masks of class indices, with 255 and the void values to ignore; see Data.values."""
     values = np.full(256, 254, np.uint8)
     values[:num_classes] = np.arange(num_classes)
     values[[IGNORE, *void]] = IGNORE
     return values
 
 
-def open_dataset(name, root, labeled, splits="splits"):
+def cityscapes_values():
+    """(256,) uint8 for masks of label ids, from torchvision's table of them; see Data.values."""
+    values = np.full(256, 254, np.uint8)
+    for label in Cityscapes.classes:  # the id -1 is stored as 255
+        values[label.id] = IGNORE if label.ignore_in_eval else label.train_id
+    values[IGNORE] = IGNORE
+    return values
+
+
+class Spec(NamedTuple):
+    """The facts of a dataset. Nothing about a dataset stands anywhere else."""
+
+    classes: tuple
+    list_items: Callable  # (root, folder of lists) -> {"train": [Item], "val": [Item], perhaps "test": [Item]}
+    values: dict  # see Data
+    get: str = "add what is missing, or leave these images out"  # what to do about missing files
+    scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
+
+
+SHAPES_CLASSES = ("background", *(f"{texture} {form}" for texture, form in SHAPES))
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+PASCAL_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table",
+    "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
+)  # fmt: skip
+CITYSCAPES_CLASSES = tuple(label.name for label in Cityscapes.classes if not label.ignore_in_eval)  # by train_id
+DATASETS = {
+    "shapes": Spec(SHAPES_CLASSES, list_shapes, {"": mask_values(7)}, scales=(0.75, 1.5)),
+    "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values(11, void=[11])}),
+    "pascal": Spec(
+        PASCAL_CLASSES,
+        list_pascal,
+        {"": mask_values(21)},
+        "python data.py pascal --root DIR downloads VOC 2012 and, with --sbd, builds SegmentationClassAug",
+    ),
+    "cityscapes": Spec(
+        CITYSCAPES_CLASSES,
+        list_cityscapes,
+        {"labelTrainIds": mask_values(19), "labelIds": cityscapes_values()},
+        "python data.py cityscapes --root DIR says what to download",
+    ),
+}
+
+
+def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val")):
     """Lists a dataset and cuts its training images into labeled and unlabeled ones.
 
     labeled: "all", a list of image ids or a file of them, or a number N: the list splits/<name>/N.txt where there is one, else N images
     evenly spaced over the sorted ids. unlabeled = the training images that are not labeled, by construction.
-    Raises InputError for an unknown dataset, list or id, an empty folder, and labeled images without a mask.
+    use: the parts that will be read. Raises InputError for an unknown dataset, list or id, an empty folder, and for parts
+    in use: missing images, missing masks (unlabeled images need none), and labeled masks of 0 and 255 alone.
     """
     if name not in DATASETS:
         raise InputError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}")
-    spec = DATASETS[name]
-    items = spec.list_items(root)
+    spec, lists = DATASETS[name], Path(splits or SPLITS) / name
+    items = spec.list_items(root, lists)
     for split in ("train", "val"):
         if not items[split]:
             raise InputError(f"--root {root} holds no {split} images of {name}; expected {split}/*.jpg or *.png")
     labeled = labeled if isinstance(labeled, list) else str(labeled)
-    chosen = labeled_ids(name, [item.id for item in items["train"]], labeled, Path(splits))
+    chosen = labeled_ids(name, [item.id for item in items["train"]], labeled, lists)
     data = Data(
         name,
         spec.classes,
         spec.scales,
-        mask_values(len(spec.classes), spec.void),
+        spec.values,
         [item for item in items["train"] if item.id in chosen],
         [item for item in items["train"] if item.id not in chosen],
         items["val"],
+        items.get("test", []),
     )
-    for split, members in (("labeled", data.labeled), ("validation", data.val)):
-        bare = [item.id for item in members if item.mask is None]
-        if bare:
+    for part in use:
+        members = getattr(data, part)
+        for kind in ("image",) if part == "unlabeled" else ("image", "mask"):
+            missing = [item.id for item in members if getattr(item, kind) is None]
+            if missing:
+                raise InputError(
+                    f"{len(missing)} of {len(members)} {part} images of {name} have no {kind} under {root}, first "
+                    f"{', '.join(missing[:3])}; {spec.get}"
+                )
+    if "labeled" in use:
+        sample = data.labeled[:: max(1, len(data.labeled) // 8)]
+        seen = [set(np.unique(read(item, data)[1])) for item in sample]
+        if set().union(*seen) == {0, IGNORE}:
             raise InputError(
-                f"{len(bare)} of {len(members)} {split} images of {name} have no mask, first {', '.join(bare[:3])}; "
-                "add a PNG of the same stem for each, or leave these images out"
+                f"the labeled masks of {name} hold 0 and 255 alone (looked at {len(seen)}, first {sample[0].mask}), and 255 means "
+                "ignore; expected class indices, so write 1 where the masks say 255"
             )
     return data
 
 
-def labeled_ids(name, train_ids, labeled, splits):
+def labeled_ids(name, train_ids, labeled, lists):
     """The set of ids that `--labeled` means; see `open_dataset`."""
     if isinstance(labeled, list):
         return set(labeled)
-    published = sorted(int(path.stem) for path in (splits / name).glob("*.txt") if path.stem.isdecimal())
+    published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
     if labeled == "all":
         return set(train_ids)
     if labeled.isdecimal() and int(labeled) not in published:
@@ -265,17 +359,17 @@ def labeled_ids(name, train_ids, labeled, splits):
                 f"--labeled {labeled} is impossible; expected 1 to {len(train_ids)}, the training images of {name}"
             )
         return {train_ids[i * len(train_ids) // int(labeled)] for i in range(int(labeled))}
-    file = splits / name / f"{labeled}.txt" if labeled.isdecimal() else Path(labeled)
+    file = lists / f"{labeled}.txt" if labeled.isdecimal() else Path(labeled)
     if not file.is_file():
         raise InputError(
             f"--labeled {labeled} is not a number and no such file exists; expected a number, all, or a list of ids"
         )
-    chosen = set(file.read_text(errors="replace").split())
+    chosen = set(id_list(file))
     unknown = sorted(chosen - set(train_ids))
-    if unknown or not chosen:
+    if unknown:
         raise InputError(
-            f"{file} names {len(chosen)} images, {len(unknown)} of them not among the {len(train_ids)} training images"
-            f"{' (first ' + ', '.join(unknown[:3]) + ')' if unknown else ''}; expected one id of {name} per line"
+            f"{file} names {len(chosen)} images, {len(unknown)} of them not among the {len(train_ids)} training images "
+            f"(first {', '.join(unknown[:3])}); expected one id of {name} per line"
         )
     return chosen
 
@@ -320,12 +414,13 @@ def read(item, data):
             f"mask {item.mask} is {mask.width} x {mask.height}, its image {image.width} x {image.height}; expected the same size"
         )
     stored = np.asarray(mask)
-    classes = data.values[stored]
+    values = next(values for ending, values in data.values.items() if item.mask.stem.endswith(ending))
+    classes = values[stored]
     if (classes == 254).any():
         wrong = sorted(set(stored[classes == 254].tolist()))
         raise InputError(
-            f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected class indices "
-            f"0 to {len(data.classes) - 1} and 255 for pixels to ignore"
+            f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected "
+            f"0 to {np.flatnonzero(values[:255] != 254).max()}, and 255 for pixels to ignore"
         )
     return image, Image.fromarray(classes)
 
@@ -488,3 +583,176 @@ class EvaluationImages(Dataset):
 def evaluation_loader(data, items, workers=0, rank=0, world=1):
     """One whole image at a time; of several processes each sees its own share, and no image is seen twice."""
     return DataLoader(EvaluationImages(data, items[rank::world]), batch_size=1, num_workers=workers)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fetching and checking
+
+
+def reported(items, total, what):
+    """Yields the items, and says every few seconds how far it is."""
+    last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > 5:
+            print(f"{what}: {done} of {total or 'unknown'}", flush=True)
+            last = time.monotonic()
+
+
+def download(url, folder, md5):
+    """Downloads a file whole, going on where an earlier attempt stopped. Returns its path. Raises InputError."""
+    path = Path(folder) / url.rsplit("/", 1)[1]
+    if check_integrity(path, md5):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    start = part.stat().st_size if part.exists() else 0
+    if not (start and check_integrity(part, md5)):
+        request = urllib.request.Request(url, headers={"User-Agent": "S4MC", "Range": f"bytes={start}-"})
+        try:
+            with (
+                urllib.request.urlopen(request, timeout=60) as answer,
+                open(part, "ab" if answer.status == 206 else "wb") as file,
+            ):
+                size = int(answer.headers.get("Content-Length", 0)) + file.tell()
+                blocks = iter(lambda: answer.read(2**20), b"")
+                for block in reported(blocks, size >> 20, f"MiB of {path.name}{', going on' if file.tell() else ''}"):
+                    file.write(block)
+        except OSError as error:
+            if getattr(error, "code", None) == 416:  # nothing is left to ask for, so what arrived is wrong
+                part.unlink()
+            raise InputError(f"{url} could not be downloaded ({error}); run the same command again to go on") from error
+        if not check_integrity(part, md5):
+            arrived = part.stat().st_size
+            if arrived >= size:
+                part.unlink()
+            raise InputError(
+                f"{url} sent {arrived} bytes of {size} with another checksum than {md5}; run the same command again"
+            )
+    os.replace(part, path)
+    return path
+
+
+def fetch_pascal(root, sbd):
+    """PASCAL VOC 2012 by torchvision; with sbd also SegmentationClassAug/ for the images that SBD annotated."""
+    if sbd:
+        try:
+            from scipy.io import loadmat
+        except ImportError as error:
+            raise InputError(
+                "--sbd reads MATLAB files and needs scipy, which is not installed; pip install scipy"
+            ) from error
+    voc, root = DATASET_YEAR_DICT["2012"], Path(root)
+    folder, lists = root / voc["base_dir"], SPLITS / "pascal"
+    wanted = [*id_list(lists / "train.txt"), *id_list(lists / "val.txt")]
+    if not all((folder / "JPEGImages" / f"{id}.jpg").is_file() for id in wanted):
+        download(voc["url"], root, voc["md5"])
+        VOCSegmentation(root, year="2012", download=True)  # finds the archive there, checks and unpacks it
+    if sbd:
+        masks, matlab = folder / "SegmentationClassAug", root / "benchmark_RELEASE" / "dataset" / "cls"
+        ids = sorted(set(id_list(lists / "train.txt")) - set(id_list(lists / "1464.txt")))
+        ids = [id for id in ids if not (masks / f"{id}.png").is_file()]
+        if not all((matlab / f"{id}.mat").is_file() for id in ids):
+            extract_archive(str(download(SBDataset.url, root, SBDataset.md5)), str(root))
+        masks.mkdir(exist_ok=True)
+        for id in reported(ids, len(ids), "coarse masks"):
+            mask = Image.fromarray(loadmat(matlab / f"{id}.mat")["GTcls"][0]["Segmentation"][0])
+            mask.putpalette(palette().tobytes())
+            mask.save(masks / "unfinished", "PNG")
+            os.replace(masks / "unfinished", masks / f"{id}.png")
+    print(f"complete: {folder}; its archives in {root} are no longer needed")
+
+
+def fetch_cityscapes(root):
+    """Says what to download, because Cityscapes asks for a login, and what is there."""
+    print(
+        "Cityscapes needs an account: https://www.cityscapes-dataset.com/downloads\n"
+        f"Download leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB), and unpack both in {root}/cityscapes."
+    )
+    try:
+        splits = list_cityscapes(root, SPLITS / "cityscapes")
+    except InputError as error:
+        print(f"nothing is there yet: {error}")
+        return
+    for split, items in splits.items():
+        for kind in ("image", "mask"):
+            there = sum(getattr(item, kind) is not None for item in items)
+            print(f"{split}: {there} of {len(items)} {kind}s are there")
+
+
+def check(name, root, labeled, splits):
+    """Reads every image and mask in use, prints what was found, and returns the sentences about what is missing or broken."""
+    data = open_dataset(name, root, labeled, splits, use=())
+    sizes, values, problems = Counter(), np.zeros(256, np.int64), []
+
+    def look(item):
+        """((width, height), counts of the mask's classes), or a sentence."""
+        try:
+            if item.image is None:
+                return f"image {item.id} is missing"
+            if item.mask is None:
+                return read_image(item).size, 0
+            image, mask = read(item, data)
+            return image.size, np.bincount(np.asarray(mask).ravel(), minlength=256)
+        except InputError as error:
+            return str(error)
+
+    began = time.monotonic()
+    parts = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
+    for part, items in parts.items():
+        masks = sum(item.mask is not None for item in items)
+        print(f"{part}: {len(items)} images, {masks} masks{', none is needed' if part == 'unlabeled' else ''}")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for item, found in reported(zip(items, pool.map(look, items)), len(items), "images read"):
+                if isinstance(found, str):
+                    problems.append(found)
+                    continue
+                sizes[found[0]] += 1
+                values += found[1]
+                if item.mask is None and part != "unlabeled":
+                    problems.append(f"mask of the {part} image {item.id} is missing; {DATASETS[name].get}")
+    seconds, count = time.monotonic() - began, sum(map(len, parts.values()))
+    common = ", ".join(f"{width} x {height} ({n})" for (width, height), n in sizes.most_common(4))
+    print(f"sizes: {common}{f', and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
+    for value in np.flatnonzero(values):
+        meaning = "ignored" if value == IGNORE else data.classes[value]
+        print(f"{value:4} {meaning:20} {values[value] / values.sum():7.2%} of the mask pixels")
+    print(f"{count} images in {seconds:.1f} s, {1000 * seconds / count:.1f} s per thousand")
+    return problems
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, does in (
+        ("pascal", "download PASCAL VOC 2012"),
+        ("cityscapes", "say what to download, and what is there"),
+        ("check", "read every image and mask in use"),
+    ):
+        add = commands.add_parser(command, help=does, description=does).add_argument
+        add("--root", default="data", help="folder of the dataset")
+        if command == "pascal":
+            add("--sbd", action="store_true", help="also SBD's masks, which 2646 and 5291 labels need; needs scipy")
+        if command == "check":
+            add("--dataset", choices=DATASETS, required=True)
+            add("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
+            add("--splits", help="folder of published lists; default: the one beside this file")
+    args = parser.parse_args(argv)
+    if args.command == "pascal":
+        fetch_pascal(args.root, args.sbd)
+    elif args.command == "cityscapes":
+        fetch_cityscapes(args.root)
+    else:
+        problems = check(args.dataset, args.root, args.labeled, args.splits)
+        if problems:
+            listed = "\n".join(problems)
+            raise InputError(f"{listed}\n{len(problems)} files are missing or broken; each is named above")
+        print("nothing is missing, nothing is broken")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"data.py: {error}")

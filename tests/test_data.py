@@ -252,16 +252,18 @@ def broken(root, what):
         ("text as image", r"train0\.png could not be read \(.*\); replace the file"),
         (
             "value outside the classes",
-            r"trainannot/train0\.png holds the value 77; expected class indices 0 to 10 and 255",
+            r"trainannot/train0\.png holds the value 77; expected 0 to 11, and 255",
         ),
         ("other size", r"trainannot/train0\.png is 41 x 30, its image 40 x 30; expected the same size"),
         ("color mask", r"trainannot/train0\.png is a RGB image; expected one class index per pixel"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, what, says):
-    data = open_dataset("camvid", broken(camvid(tmp_path), what), "all")
+    data = open_dataset("camvid", broken(camvid(tmp_path), what), "all", use=())
     with pytest.raises(InputError, match=says):
         read(data.labeled[0], data)
+    with pytest.raises(InputError, match=says):  # at once, where it is among the masks that are looked at
+        open_dataset("camvid", tmp_path, "all")
 
 
 def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
@@ -282,7 +284,7 @@ def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
         open_dataset("camvid", tmp_path / "nowhere", 1)
     for path in (root / "valannot").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match="2 of 2 validation images of camvid have no mask, first val0, val1"):
+    with pytest.raises(InputError, match="2 of 2 val images of camvid have no mask under .*, first val0, val1"):
         open_dataset("camvid", root, 1)
     (root / "valannot").rmdir()
     with pytest.raises(InputError, match="lacks valannot/; expected train/, trainannot/, val/, valannot/"):
@@ -294,7 +296,9 @@ def test_an_empty_folder_and_a_labeled_image_without_mask_get_one_sentence(tmp_p
         open_dataset("camvid", camvid(tmp_path / "empty", train=0), 1)
     root = camvid(tmp_path / "partial")
     (root / "trainannot" / "train0.png").unlink()
-    with pytest.raises(InputError, match="1 of 4 labeled images of camvid have no mask, first train0; add a PNG"):
+    with pytest.raises(
+        InputError, match="1 of 4 labeled images of camvid have no mask under .*, first train0; add what is missing"
+    ):
         open_dataset("camvid", root, "all")
 
 
