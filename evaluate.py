@@ -1,10 +1,12 @@
-"""What a checkpoint is worth: IoU per class, mIoU, pixel accuracy; panels.
+"""What a checkpoint is worth: IoU per class and at boundaries, the quality of its pseudo-labels, pictures.
 
     python evaluate.py runs/shapes-24-fixmatch-0/last.pth
     python evaluate.py ckpt.pth --root data --json scores.json --panels panels
-    torchrun --nproc_per_node=8 evaluate.py ckpt.pth
+    python evaluate.py ckpt.pth --pseudo-labels                               # with and without refinement
+    python evaluate.py ckpt.pth --figures figures                             # Figs. 4, 5 and 6 of its run
+    torchrun --nproc_per_node=8 evaluate.py ckpt.pth --eval-mode sliding --tta
 
-The dataset, the classes and the network are those that the checkpoint names.
+The dataset, the classes, the network and the protocol are those that the checkpoint names.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,7 +26,66 @@ from torchvision.utils import draw_segmentation_masks
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
 from model import DeepLabV3Plus
-from refine import confidence, dpa_alpha, pseudo_labels
+from refine import confidence, dpa_alpha, pseudo_labels, refine
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prediction
+
+EVAL_MODES = ("original", "sliding", "center-crop")
+TTA_SCALES = (0.75, 1.0, 1.25)
+
+
+class Protocol(NamedTuple):
+    """How images are predicted."""
+
+    eval_mode: str = "original"  # one of EVAL_MODES; "center-crop" cuts image and truth before they get here
+    crop: int = 0  # pixels, of the windows and of the center crop
+    tta: bool = False  # mean over TTA_SCALES and flips
+    refine: dict | None = None  # options of `refine.refine`: Sec. 4.2, refinement at inference
+
+
+def windows(side, crop):
+    """Where the windows along a side begin: every two thirds of a window, the last one flush with the border."""
+    last = max(side - crop, 0)
+    return [*range(0, last, max(1, 2 * crop // 3)), last]
+
+
+def probabilities(model, image, protocol):
+    """softmax(model(image)): (1,3,H,W), normalized -> (1,C,H,W); the mean of it where windows overlap."""
+    if protocol.eval_mode != "sliding":
+        return model(image).float().softmax(1)
+    crop, total = protocol.crop, 0
+    covered = image.new_zeros(image.shape[-2:])
+    for top in windows(image.shape[-2], crop):
+        for left in windows(image.shape[-1], crop):
+            view = (..., slice(top, top + crop), slice(left, left + crop))
+            prob = model(image[view]).float().softmax(1)
+            if torch.is_tensor(total):
+                total[view] += prob
+            else:
+                total = prob.new_zeros(*prob.shape[:2], *image.shape[-2:])
+                total[view] = prob
+            covered[view] += 1
+    return total / covered
+
+
+@torch.no_grad()
+def predict(model, image, protocol):
+    """Class probabilities of a uint8 image (1,3,H,W) on the model's device: (1,C,H,W)."""
+    image = normalize(image)
+    if protocol.tta:
+        prob = 0
+        for scale in TTA_SCALES:
+            size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+            resized = F.interpolate(image, size, mode="bilinear", antialias=True)
+            for flipped in (False, True):
+                one = probabilities(model, resized.flip(-1) if flipped else resized, protocol)
+                one = F.interpolate(one.flip(-1) if flipped else one, image.shape[-2:], mode="bilinear")
+                prob = prob + one / (2 * len(TTA_SCALES))
+    else:
+        prob = probabilities(model, image, protocol)
+    return prob if protocol.refine is None else refine(prob, **protocol.refine)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # scores
@@ -35,64 +98,126 @@ def confusion_matrix(prediction, label, num_classes):
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def scores(confusion, classes):
-    """{"miou": 0-100, "pixel_accuracy": 0-100, "iou": {class: 0-100, or None}} from a confusion matrix.
+def near_contour(label, distance, image_border=True):
+    """(B,H,W) -> bool, True on pixels at most `distance` from a pixel of another value, in a square neighborhood.
 
-    IoU = TP / (TP + FP + FN). A class in neither truth nor prediction is None and counts nowhere.
+    image_border: whether everything outside the image counts as another value.
     """
-    confusion = confusion.double().cpu()
-    hit, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    present = union > 0
-    iou = 100 * hit / union
+    label = label[:, None].float()
+    near = torch.zeros_like(label, dtype=torch.bool)
+    for sign in (1, -1):  # the largest, then the smallest value around
+        around = F.pad(sign * label, [distance] * 4, value=1e4 if image_border else -torch.inf)
+        for kernel in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
+            around = F.max_pool2d(around, kernel, stride=1)
+        near |= around != sign * label
+    return near[:, 0]
+
+
+def boundary_confusion(prediction, label, num_classes):
+    """Boundary IoU's counts (Cheng et al., 2021), (C+1,C+1): like `confusion_matrix`, class C standing for interiors.
+
+    A pixel keeps its class where it is within 2% of the image's diagonal of the contour of its region. Ignored pixels
+    are cut from the prediction as well, so that contours inside of PASCAL's 255 border count for nobody.
+    """
+    distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
+    prediction = prediction.masked_fill(label == IGNORE, IGNORE)
+    inside = [labels.long().masked_fill(~near_contour(labels, distance), num_classes) for labels in (prediction, label)]
+    return confusion_matrix(inside[0], inside[1].masked_fill(label == IGNORE, IGNORE), num_classes + 1)
+
+
+def intersection_over_union(confusion, classes):
+    """({class: 0-100, or None}, their mean or None): TP / (TP + FP + FN) of the first classes of a confusion matrix.
+
+    A class in neither truth nor prediction is None and counts nowhere.
+    """
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    iou = (100 * confusion.diag() / union)[: len(classes)].tolist()
+    known = [value for value in iou if not math.isnan(value)]
+    iou = {name: None if math.isnan(value) else value for name, value in zip(classes, iou)}
+    return iou, sum(known) / len(known) if known else None
+
+
+def scores(confusion, boundaries, classes):
+    """{"miou", "pixel_accuracy", "boundary_miou": 0-100, "iou", "boundary_iou": {class: 0-100, or None}} from the counts."""
+    confusion, boundaries = confusion.double().cpu(), boundaries.double().cpu()
+    iou, miou = intersection_over_union(confusion, classes)
+    boundary_iou, boundary_miou = intersection_over_union(boundaries, classes)
+    total = confusion.sum()
+    accuracy = (100 * confusion.diag().sum() / total).item() if total else None
     return {
-        "miou": iou[present].mean().item() if present.any() else None,
-        "pixel_accuracy": (100 * hit.sum() / confusion.sum()).item() if present.any() else None,
-        "iou": {name: value.item() if there else None for name, value, there in zip(classes, iou, present)},
-    }
+        "miou": miou, "pixel_accuracy": accuracy, "boundary_miou": boundary_miou, "iou": iou, "boundary_iou": boundary_iou,
+    }  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model, data, items, device, workers=0, rank=0, world=1):
-    """The scores of a model in evaluation mode on items at their original size, summed over all processes."""
-    confusion = torch.zeros(len(data.classes), len(data.classes), dtype=torch.long, device=device)
+def evaluate(model, data, items, device, protocol=Protocol(), workers=0, rank=0, world=1):
+    """The scores of a model in evaluation mode on items, summed over all processes."""
+    classes = len(data.classes)
+    confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
+    boundaries = torch.zeros(classes + 1, classes + 1, dtype=torch.long, device=device)
     for image, label in evaluation_loader(data, items, workers, rank, world):
-        prediction = model(normalize(image.to(device))).argmax(1)
-        confusion += confusion_matrix(prediction, label.to(device), len(data.classes))
+        if protocol.eval_mode == "center-crop":
+            top, left = (max(side - protocol.crop, 0) // 2 for side in label.shape[-2:])
+            view = (..., slice(top, top + protocol.crop), slice(left, left + protocol.crop))
+            image, label = image[view], label[view]
+        label = label.to(device)
+        prediction = predict(model, image.to(device), protocol).argmax(1)
+        confusion += confusion_matrix(prediction, label, classes)
+        boundaries += boundary_confusion(prediction, label, classes)
     if world > 1:
         dist.all_reduce(confusion)
-    return scores(confusion, data.classes)
+        dist.all_reduce(boundaries)
+    return scores(confusion, boundaries, data.classes)
 
 
 def table(result):
-    """The scores as lines of text."""
+    """The scores as lines of text: IoU, and IoU at boundaries."""
+
+    def row(name, *values):
+        shown = ("absent" if value is None else f"{value:6.2f}" for value in values)
+        return f"{name:{width}}  {'    '.join(f'{value:>8}' for value in shown)}"
+
     width = max(map(len, [*result["iou"], "pixel accuracy"]))
-    rows = [*result["iou"].items(), ("mIoU", result["miou"]), ("pixel accuracy", result["pixel_accuracy"])]
-    return "\n".join(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}" for name, value in rows)
+    rows = [f"{'':{width}}       IoU    boundary"]
+    rows += [row(name, value, result["boundary_iou"][name]) for name, value in result["iou"].items()]
+    rows += [row("mean", result["miou"], result["boundary_miou"]), row("pixel accuracy", result["pixel_accuracy"])]
+    return "\n".join(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pseudo-labels: Figs. 4 and 5
+# pseudo-labels: Figs. 4, 5 and 6, and what refinement is worth
+
+
+def doubt(conf, kind, num_classes):
+    """Confidence turned round, 0 (sure) to 1: one minus margin or maximum, or entropy by its largest value."""
+    return -conf / math.log(num_classes) if kind == "entropy" else 1 - conf
 
 
 def pseudo_label_figures(prob, pseudo, batch, options):
-    """Figs. 4 and 5 for one batch, summed over all processes: shares of pixels, 0..1, with and without refinement.
+    """Figs. 4-6 for one batch, summed over all processes: shares of pixels, 0..1, with and without refinement.
 
     kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
     those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the pixels of known truth.
+    histogram, histogram_raw: of the valid pixels, those in each twentieth of the confidence's range.
     """
     raw = pseudo_labels(
         prob, None, valid=batch["valid"], **options | {"refinement": False, "threshold": pseudo.threshold}
     )
     known = batch["truth"] != IGNORE
-    counts = [batch["valid"].sum(), known.sum()]
+    counts = [torch.stack([batch["valid"].sum(), known.sum()])]
     for labels in (raw, pseudo):
         judged = labels.keep & known
-        counts += [labels.keep.sum(), judged.sum(), (judged & (labels.label == batch["truth"])).sum()]
-    counts = torch.stack(counts)
+        counts += [torch.stack([labels.keep.sum(), judged.sum(), (judged & (labels.label == batch["truth"])).sum()])]
+    for labels in (raw, pseudo):
+        sure = 1 - doubt(labels.confidence[batch["valid"]], options.get("kind", "margin"), prob.shape[1])
+        counts.append(torch.bincount((sure * 20).long().clamp(0, 19), minlength=20))
+    counts = torch.cat(counts)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
+    valid, known, kept_raw, judged_raw, right_raw, kept, judged, right, *histograms = counts.tolist()
+    shares = [round(count / max(valid, 1), 5) for count in histograms]
     figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1), "threshold": pseudo.threshold.item()}
+    figures |= {"histogram_raw": shares[:20], "histogram": shares[20:]}
     if known:
         figures |= {
             "correct": right / max(judged, 1),
@@ -101,6 +226,130 @@ def pseudo_label_figures(prob, pseudo, batch, options):
             "fp_change": ((judged - right) - (judged_raw - right_raw)) / known,
         }
     return figures
+
+
+COVERAGES = (0.2, 0.4, 0.6, 0.8, 0.9)
+BINS = 2**13  # of doubt, by the upper bits of the float: relative width 1/64, so that margins of 0.9999 are told apart
+
+
+@torch.no_grad()
+def pseudo_label_report(model, data, items, device, alpha, options, protocol=Protocol(), workers=0, rank=0, world=1):
+    """Quantity and quality of the labels that a teacher gives items of known truth, raw and refined.
+
+    alpha: share of the raw confidences below the threshold (the fixed one, if options hold it); options: of `pseudo_labels`.
+    Returns {"raw" and "refined": {"kept": {class: share of the pixels called so that pass, or None}, "correct": {class:
+    share of those that are right, or None}, "all" and "border": {"coverage": {share of pixels: accuracy of the surest},
+    "area": mean accuracy over all coverages}}}; classes include "all". "border": pixels at most 5 from a contour.
+    """
+    classes, kind = len(data.classes), options["kind"]
+    same = {name: value for name, value in options.items() if name not in ("refinement", "threshold", "kind")}
+    counts = torch.zeros(2, classes * 4 * BINS, dtype=torch.long, device=device)  # by class, right, border, doubt
+    for image, truth in evaluation_loader(data, items, workers, rank, world):
+        truth = truth.to(device)
+        known, border = truth != IGNORE, near_contour(truth, 5, image_border=False)
+        prob = predict(model, image.to(device), protocol)
+        for i, p in enumerate((prob, refine(prob, **same))):
+            label = p.argmax(1)
+            bits = doubt(confidence(p, kind), kind, classes).clamp(0, 1).view(torch.int32) >> 17
+            place = ((label * 2 + (label == truth)) * 2 + border) * BINS + bits
+            counts[i] += torch.bincount(place[known], minlength=counts.shape[1])
+    if world > 1:
+        dist.all_reduce(counts)
+    counts = counts.view(2, classes, 2, 2, BINS).cpu().double().numpy()
+    if options["threshold"] is None:
+        last = int(np.searchsorted(counts[0].sum((0, 1, 2)).cumsum(), (1 - alpha) * counts[0].sum()))
+    else:
+        least = doubt(torch.tensor(float(options["threshold"])), kind, classes).clamp(0, 1)
+        last = int(least.view(torch.int32) >> 17) - 1
+    report = {}
+    for name, one in zip(("raw", "refined"), counts):
+        by_class = dict(zip(data.classes, one.sum(2))) | {"all": one.sum((0, 2))}  # (wrong or right, BINS) each
+        kept = {c: part[:, : last + 1].sum() for c, part in by_class.items()}
+        report[name] = {
+            "kept": {c: share(kept[c], part.sum()) for c, part in by_class.items()},
+            "correct": {c: share(part[1, : last + 1].sum(), kept[c]) for c, part in by_class.items()},
+            "all": coverage_accuracy(by_class["all"]),
+            "border": coverage_accuracy(one[:, :, 1].sum(0)),
+        }
+    return report
+
+
+def share(part, whole):
+    """part / whole, or None of nothing."""
+    return float(part / whole) if whole else None
+
+
+def coverage_accuracy(counts):
+    """Accuracy of the surest pixels, by the share of pixels: {"coverage": {share: 0..1}, "area": 0..1}; {} of nothing.
+
+    counts (2,BINS): wrong and right pixels by doubt. Inside a bin pixels count as equally sure.
+    """
+    if not counts.sum():
+        return {}
+    covered, right = (np.concatenate([[0], part.cumsum()]) / counts.sum() for part in (counts.sum(0), counts[1]))
+    grid = (np.arange(1000) + 0.5) / 1000
+    at = {coverage: float(np.interp(coverage, covered, right) / coverage) for coverage in COVERAGES}
+    return {"coverage": at, "area": float((np.interp(grid, covered, right) / grid).mean())}
+
+
+def report_table(report):
+    """The report as lines of text, in percent."""
+
+    def row(name, raw, refined):
+        shown = ("   none" if value is None else f"{100 * value:7.2f}" for value in (raw, refined))
+        return f"{name:26}{'    '.join(shown)}"
+
+    raw, refined = report["raw"], report["refined"]
+    rows = []
+    for part, title in (("kept", "kept, of the pixels called"), ("correct", "right, of those kept")):
+        rows += [f"{title:26}    raw    refined"] + [row(f"  {c}", raw[part][c], refined[part][c]) for c in raw[part]]
+    for part, title in (("all", "right, of the surest"), ("border", "the same near contours")):
+        if raw[part]:
+            rows += [f"{title:26}    raw    refined"]
+            rows += [row(f"  {c:.0%}", raw[part]["coverage"][c], refined[part]["coverage"][c]) for c in COVERAGES]
+            rows += [row("  mean over all shares", raw[part]["area"], refined[part]["area"])]
+    return "\n".join(rows)
+
+
+def draw_figures(run, folder):
+    """Figs. 4, 5 and 6 from a run's metrics.jsonl, as PNG. Returns the files. Raises InputError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--figures needs matplotlib, which is not installed; pip install matplotlib") from error
+    metrics = Path(run) / "metrics.jsonl"
+    if not metrics.is_file():
+        raise InputError(f"{metrics} is not there; expected the checkpoint in its run's folder")
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "kept" in line]
+    if not lines:
+        raise InputError(f"{metrics} has no step with unlabeled images; expected a run past its warm-up")
+
+    def curves(name, *panels):
+        """One picture: panels of (title, {legend: key of metrics.jsonl}) over steps."""
+        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+        for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for legend, key in keys.items():
+                there = [line for line in lines if key in line]
+                axes.plot([line["step"] for line in there], [100 * line[key] for line in there], label=legend)
+            axes.set(title=title, xlabel="step", ylabel="% of pixels")
+            axes.legend()
+        figure.savefig(folder / name, dpi=150)
+        return folder / name
+
+    drawn = [curves("fig4.png", ("given a label", {"S4MC": "kept", "without refinement": "kept_raw"}),
+                    ("right, of those", {"S4MC": "correct", "without refinement": "correct_raw"}))]  # fmt: skip
+    drawn += [
+        curves("fig5.png", ("added by refinement", {"true positives": "tp_change", "false positives": "fp_change"}))
+    ]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, place in zip(figure.subplots(1, 3, sharey=True), (0, len(lines) // 2, -1)):
+        for legend, key in (("refined", "histogram"), ("raw", "histogram_raw")):
+            axes.stairs([100 * value for value in lines[place][key]], np.linspace(0, 1, 21), label=legend)
+        axes.set(title=f"step {lines[place]['step']}", xlabel="confidence", yscale="log")
+        axes.legend()
+    figure.supylabel("% of pixels")
+    figure.savefig(folder / "fig6.png", dpi=150)
+    return [*drawn, folder / "fig6.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,9 +390,7 @@ def panel(model, data, items, device, alpha, options):
         raw, refined = (
             pseudo_labels(prob, None, **options | {"refinement": on, "threshold": threshold}) for on in (False, True)
         )
-        sure = [pseudo.confidence[0].cpu() for pseudo in (raw, refined)]
-        if options["kind"] == "entropy":
-            sure = [1 + conf / math.log(len(data.classes)) for conf in sure]
+        sure = [1 - doubt(pseudo.confidence[0].cpu(), options["kind"], len(data.classes)) for pseudo in (raw, refined)]
         labels = [truth[0], *(label[0].cpu() for label in (prob.argmax(1), raw.label, refined.label))]
         truth, teacher, *kept = (overlay(image[0], label) for label in labels)
         tiles = [image[0], truth, teacher, *map(heat, sure), *kept]
@@ -164,7 +411,7 @@ def panel(model, data, items, device, alpha, options):
 
 def panel_items(data, count=4):
     """Unlabeled images, evenly spaced, where their truth is known; else validation images."""
-    items = [item for item in data.unlabeled if item.mask is not None] or data.val
+    items = [item for item in data.unlabeled if None not in (item.image, item.mask)] or data.val
     return [items[i * len(items) // count] for i in range(min(count, len(items)))]
 
 
@@ -202,6 +449,18 @@ def load_model(checkpoint, path, which="teacher"):
             f"({str(error).splitlines()[-1].strip()}); expected the classes and weights of one run"
         ) from error
     return model.eval()
+
+
+def items_to_score(data, part, root):
+    """Items of "val", "test", "train" or "unlabeled" that have image and mask. Raises InputError where too few do."""
+    items = data.labeled + data.unlabeled if part == "train" else getattr(data, part)
+    whole = [item for item in items if None not in (item.image, item.mask)]
+    if not whole or (part in ("val", "test") and len(whole) < len(items)):
+        raise InputError(
+            f"{len(whole)} of the {len(items)} {part} images of {data.name} have image and mask under {root}; "
+            f"expected {'all of them' if part in ('val', 'test') else 'some of them'}, see: python data.py check"
+        )
+    return whole
 
 
 def refinement_options(args, prior=None):
@@ -246,57 +505,103 @@ def stop_on_input_error(main):
             dist.destroy_process_group()
 
 
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a number from low (or above it) to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            limit = f"{'more than' if above else 'at least'} {low}"
+            limit += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv=None):
+    """The command line. What is None here is as in the run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", help="last.pth or best.pth of a run")
+    add("--root", help="folder of the dataset; default: the one of the run")
+    add("--split", choices=("val", "test", "train"), default="val", help="the images to score; default: val")
+    add(
+        "--eval-mode",
+        choices=EVAL_MODES,
+        help="at original size, in sliding windows, or the center crop; default: the run's",
+    )
+    add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
+    add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
+    add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
+    add("--student", action="store_true", help="the student instead of the teacher")
+    add("--pseudo-labels", action="store_true", help="report on the pseudo-labels of the unlabeled images instead")
+    add("--figures", metavar="DIR", help="draw Figs. 4, 5 and 6 from the run's log there instead; needs matplotlib")
+    add("--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7")
+    add("--json", metavar="FILE", help="also write the numbers there")
+    add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    return parser.parse_args(argv)
+
+
 def main(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("checkpoint", help="last.pth or best.pth of a run")
-    parser.add_argument("--root", help="folder of the dataset; default: the one the run was trained on")
-    parser.add_argument("--student", action="store_true", help="score the student instead of the teacher")
-    parser.add_argument("--json", metavar="FILE", help="also write the scores there")
-    parser.add_argument(
-        "--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7"
-    )
-    parser.add_argument("--workers", type=int, default=0, help="loader processes")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one"
-    )
-    args = parser.parse_args(argv)
+    """Scores, report or figures of a checkpoint."""
+    args = parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)
-    run = checkpoint["args"]
-    data = open_dataset(run["dataset"], args.root or run["root"], checkpoint["labeled"])
+    run, step = checkpoint["args"], checkpoint["step"]
+    for folder in (args.panels, args.figures, args.json and Path(args.json).parent):
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    if args.figures:
+        for file in draw_figures(Path(args.checkpoint).parent, Path(args.figures)):
+            print(f"wrote {file}")
+        return
+    data = open_dataset(run["dataset"], args.root or run["root"], checkpoint["labeled"], run["splits"], use=())
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(
             f"checkpoint {args.checkpoint} predicts {len(checkpoint['classes'])} classes, {data.name} has "
             f"{len(data.classes)}; expected the same classes in the same order"
         )
-    for folder in (args.panels, args.json and Path(args.json).parent):
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    items = items_to_score(data, "unlabeled" if args.pseudo_labels else args.split, args.root or run["root"])
     rank, world, device = start_processes(args.device)
     model = load_model(checkpoint, args.checkpoint, "student" if args.student else "teacher").to(device)
-    result = evaluate(model, data, data.val, device, args.workers, rank, world)
+    prior = checkpoint.get("prior")
+    options = refinement_options(run, None if prior is None else prior.to(device))
+    at_inference = {name: value for name, value in options.items() if name not in ("refinement", "threshold", "kind")}
+    protocol = Protocol(
+        args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, at_inference if args.refine else None
+    )
+    if args.pseudo_labels:
+        sharing = (protocol, args.workers, rank, world)
+        result = pseudo_label_report(model, data, items, device, run["alpha0"], options, *sharing)
+        text = f"threshold: the {run['alpha0']:.0%} quantile of the raw confidences"
+        text = (
+            (text if options["threshold"] is None else f"threshold: {options['threshold']}")
+            + "\n"
+            + report_table(result)
+        )
+    else:
+        result = evaluate(model, data, items, device, protocol, args.workers, rank, world)
+        text = table(result)
     if rank != 0:
         return
-    print(
-        f"{args.checkpoint}: step {checkpoint['step']}, {len(data.val)} validation images of {data.name}\n{table(result)}"
-    )
+    part = "unlabeled" if args.pseudo_labels else args.split
+    print(f"{args.checkpoint}: step {step}, {len(items)} {part} images of {data.name}\n{text}")
     if args.json:
-        result |= {
+        about = {
             "checkpoint": str(args.checkpoint),
-            "step": checkpoint["step"],
+            "step": step,
             "dataset": data.name,
-            "images": len(data.val),
+            "split": part,
+            "images": len(items),
         }
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        about |= protocol._asdict() | {"refine": args.refine}
+        Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:
-        prior = checkpoint.get("prior")
-        options = refinement_options(run, None if prior is None else prior.to(device))
-        file = Path(args.panels) / f"step-{checkpoint['step']:06d}.png"
-        panel(
-            model, data, panel_items(data), device, dpa_alpha(checkpoint["step"], run["iters"], run["alpha0"]), options
-        ).save(file)
+        file = Path(args.panels) / f"step-{step:06d}.png"
+        alpha = dpa_alpha(step, run["iters"], run["alpha0"])
+        panel(model, data, panel_items(data), device, alpha, options).save(file)
         print(f"wrote {file}")
 
 

@@ -11,6 +11,7 @@ Backbone, ASPP and moving average are the libraries' own; this file joins them.
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
@@ -125,3 +126,12 @@ def ema_teacher(student, decay=0.99):
 
     teacher = AveragedModel(student, multi_avg_fn=average)
     return teacher.requires_grad_(False).eval()
+
+
+def average_batchnorm(model, world):
+    """Averages BatchNorm's running statistics over the processes; on CUDA SyncBatchNorm keeps them equal already."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    for buffer, mean in zip(buffers, (flat / world).split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(mean.view_as(buffer))

@@ -2,7 +2,7 @@
 
     python train.py                                                           # drawn shapes, CPU, a few minutes
     python train.py --dataset camvid --root data --labeled 46                 # real photographs
-    torchrun --nproc_per_node=8 train.py --dataset camvid --labeled 46        # one process per GPU
+    torchrun --nproc_per_node=8 train.py --dataset pascal --labeled 92        # one process per GPU, the paper's protocol
 
 Writes --out: args.json, metrics.jsonl, last.pth, best.pth, panels/. `evaluate.py last.pth` reads them.
 """
@@ -25,8 +25,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, training_loader
 from evaluate import (
+    EVAL_MODES,
+    Protocol,
     evaluate,
     load_checkpoint,
+    number,
     panel,
     panel_items,
     pseudo_label_figures,
@@ -35,23 +38,39 @@ from evaluate import (
     stop_on_input_error,
     table,
 )
-from model import BACKBONES, DeepLabV3Plus, ema_teacher
+from model import BACKBONES, DeepLabV3Plus, average_batchnorm, ema_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
-# What --dataset means for every option left out; (dataset, device) adds to dataset. All of them are [ours].
-PRESETS = {
-    "shapes": dict(
+# What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
+ANY = ("cpu", "cuda")
+PRESETS = (
+    ("shapes", ANY, "ours", dict(
         labeled="24", crop=64, backbone="resnet10", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02,
-        weight_decay=5e-4, warmup_epochs=2, eval_every=3, workers=1, log_every=20,
-    ),
-    "camvid": dict(labeled="46", weight_decay=1e-4, warmup_epochs=1, log_every=10),
-    ("camvid", "cpu"): dict(
+        weight_decay=5e-4, warmup_epochs=2, eval_every=3, workers=1, log_every=20, eval_mode="original", sup_loss="ce",
+    )),
+    ("camvid", ANY, "ours", dict(
+        labeled="46", weight_decay=1e-4, warmup_epochs=1, log_every=10, eval_mode="original", sup_loss="ce",
+    )),
+    ("camvid", ("cpu",), "ours", dict(
         crop=128, backbone="resnet18", weights="none", iters=600, batch_size=4, lr=0.02, head_lr=0.02, eval_every=4, workers=1,
-    ),
-    ("camvid", "cuda"): dict(
+    )),
+    ("camvid", ("cuda",), "ours", dict(
         crop=352, backbone="resnet50", weights="imagenet", epochs=80, batch_size=8, lr=0.005, head_lr=0.05, eval_every=5, workers=8,
-    ),
-}  # fmt: skip
+    )),
+    ("pascal", ANY, "paper", dict(  # Appendix D; 1/4 is the partition of Sec. 4.3
+        labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, lr=0.001, head_lr=0.01,
+        weight_decay=1e-4, sup_loss="ce",
+    )),
+    ("pascal", ANY, "authors' code", dict(warmup_epochs=1, eval_every=1)),
+    ("pascal", ANY, "ours", dict(workers=4, log_every=50, eval_mode="original")),
+    ("cityscapes", ANY, "paper", dict(  # Appendix D
+        labeled="744", crop=769, backbone="resnet101", weights="imagenet", epochs=80, batch_size=2, lr=0.01, head_lr=0.01,
+        weight_decay=5e-4,
+    )),
+    ("cityscapes", ANY, "authors' code", dict(warmup_epochs=1)),
+    ("cityscapes", ANY, "common practice", dict(eval_mode="sliding", sup_loss="ohem")),
+    ("cityscapes", ANY, "ours", dict(workers=4, log_every=20, eval_every=5)),
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules and losses
@@ -78,6 +97,24 @@ def cross_entropy(logits, label):
     return total * world / count.clamp(min=1)
 
 
+@torch.no_grad()
+def hard_pixels(logits, label, sure=0.7, at_least=100_000):
+    """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure already.
+
+    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the
+    `at_least` hardest pixels of this process; both numbers are common practice on Cityscapes.
+    """
+    prob = logits.float().softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
+    prob = prob.masked_fill(label == IGNORE, torch.inf)
+    hardest = prob.flatten().kthvalue(min(at_least, prob.numel())).values
+    return label.masked_fill(prob > hardest.clamp(min=sure), IGNORE)
+
+
+def supervised_loss(logits, label, kind):
+    """Eq. 2 over all labeled pixels ("ce"), or over the hard ones ("ohem")."""
+    return cross_entropy(logits, hard_pixels(logits, label) if kind == "ohem" else label)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the step
 
@@ -91,7 +128,7 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     """
     x, y = normalize(batch["x"]), batch["y"]
     if args.framework == "supervised" or step < args.warmup_steps:
-        loss_x = cross_entropy(student(x), y)
+        loss_x = supervised_loss(student(x), y, args.sup_loss)
         return loss_x, {"losses": torch.stack([loss_x, loss_x, torch.zeros_like(loss_x)]).detach()}
     weak = normalize(batch["weak"])
     strong = normalize(batch["strong"]) if args.framework == "fixmatch" else weak
@@ -102,22 +139,13 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     strong, target = cutmix(strong, pseudo.label, rng, args.cutmix)
 
     logits_x, logits_u = student(torch.cat([x, strong])).split([len(x), len(strong)])
-    loss_x, loss_u = cross_entropy(logits_x, y), cross_entropy(logits_u, target)
+    loss_x, loss_u = supervised_loss(logits_x, y, args.sup_loss), cross_entropy(logits_u, target)
     loss = loss_x + args.lambda_u * loss_u
     return loss, {"losses": torch.stack([loss, loss_x, loss_u]).detach(), "prob": prob, "pseudo": pseudo}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # one run
-
-
-def average_batchnorm(model, world):
-    """Averages BatchNorm's running statistics over the processes; on CUDA SyncBatchNorm keeps them equal already."""
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat)
-    for buffer, mean in zip(buffers, (flat / world).split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(mean.view_as(buffer))
 
 
 def environment():
@@ -171,7 +199,8 @@ class Run:
         self.rank, self.world, self.device = start_processes(args.device)
         fill_presets(args, self.device)
         self.args, self.out = args, Path(args.out)
-        self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits)
+        use = ("labeled", "val") if args.framework == "supervised" else ("labeled", "unlabeled", "val")
+        self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use)
         resolve_lengths(args, self.data, self.device, self.world)
         checkpoint = self.find_checkpoint()
 
@@ -313,7 +342,8 @@ class Run:
             raise InputError(
                 f"step {self.step} left weights that are not finite, {self.last_good()}; lower --lr and --head-lr"
             )
-        result = evaluate(self.teacher, data, data.val, self.device, args.workers, self.rank, self.world)
+        protocol = Protocol(args.eval_mode, args.crop)
+        result = evaluate(self.teacher, data, data.val, self.device, protocol, args.workers, self.rank, self.world)
         if result["miou"] is None:
             raise InputError(
                 "no pixel of the validation images has a label; expected masks of class indices, not 255 alone"
@@ -388,7 +418,10 @@ MAY_CHANGE = {"resume", "out", "root", "splits", "workers", "device", "log_every
 
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
-    preset = PRESETS[args.dataset] | PRESETS.get((args.dataset, device.type), {})
+    preset = {}
+    for dataset, devices, _, numbers in PRESETS:
+        if dataset == args.dataset and device.type in devices:
+            preset |= numbers
     if args.epochs or args.iters:
         preset = {name: value for name, value in preset.items() if name not in ("epochs", "iters")}
     for name, value in preset.items():
@@ -418,21 +451,6 @@ def resolve_lengths(args, data, device, world):
         )
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a number from low (or above it) to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'more than' if above else 'at least'} {low}"
-            limit += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def neighborhood(text):
     """An argparse type: 3, 5, 7 or cross."""
     return text if text == "cross" else int(text)
@@ -440,17 +458,16 @@ def neighborhood(text):
 
 SWITCH = argparse.BooleanOptionalAction
 COUNT, SHARE = number(int, 1), number(float, 0, 1)
-PRESET = "; default: the dataset's preset"  # of the options that are None until fill_presets
 
 
 def data_arguments(add):
     """What is trained on."""
     add("--dataset", choices=DATASETS, default="shapes", help="shapes is drawn and needs no files")
     add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder")
-    add("--labeled", help="number of labeled images, a file of their ids, or all" + PRESET)
-    add("--splits", default="splits", help="folder of published lists, <dataset>/<N>.txt")
-    add("--crop", type=number(int, 32), help="side of the square training views, pixels" + PRESET)
-    add("--workers", type=number(int, 0), help="loader processes of each process" + PRESET)
+    add("--labeled", help="number of labeled images, a file of their ids, or all")
+    add("--splits", help="folder of published lists, <dataset>/<N>.txt; default: the one beside this file")
+    add("--crop", type=number(int, 32), help="side of the square training views, pixels")
+    add("--workers", type=number(int, 0), help="loader processes of each process")
 
 
 def method_arguments(add):
@@ -482,24 +499,25 @@ def method_arguments(add):
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--ema", type=SHARE, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
     add("--cutmix", type=SHARE, default=0.5, help="probability per image, Appendix D [paper]")
-    add("--warmup-epochs", type=number(int, 0), help="epochs on labeled images alone [authors' code: 1]" + PRESET)
+    add("--warmup-epochs", type=number(int, 0), help="epochs on labeled images alone [authors' code: 1]")
 
 
 def model_arguments(add):
     """The network."""
-    add("--backbone", choices=BACKBONES, help="torchvision's; resnet10 is for CPUs [paper: resnet101]" + PRESET)
-    add("--weights", help="imagenet, none, or a file with torchvision's state dict [paper: imagenet]" + PRESET)
+    add("--backbone", choices=BACKBONES, help="torchvision's; resnet10 is for CPUs [paper: resnet101]")
+    add("--weights", help="imagenet, none, or a file with torchvision's state dict [paper: imagenet]")
     add("--output-stride", type=int, choices=(16, 8), default=16, help="8 needs more memory [authors' code: 8]")
 
 
 def optimizer_arguments(add):
     """SGD with momentum 0.9 [paper]."""
-    add("--epochs", type=COUNT, help="passes over the unlabeled images [paper: 80]" + PRESET)
-    add("--iters", type=COUNT, help="steps, in place of --epochs" + PRESET)
-    add("--batch-size", type=COUNT, help="labeled and unlabeled images each, per process" + PRESET)
-    add("--lr", type=number(float, 0, above=True), help="of the backbone" + PRESET)
-    add("--head-lr", type=number(float, 0, above=True), help="of everything else" + PRESET)
-    add("--weight-decay", type=number(float, 0), help="on all parameters" + PRESET)
+    add("--epochs", type=COUNT, help="passes over the unlabeled images [paper: 80]")
+    add("--iters", type=COUNT, help="steps, in place of --epochs")
+    add("--batch-size", type=COUNT, help="labeled and unlabeled images each, per process")
+    add("--lr", type=number(float, 0, above=True), help="of the backbone")
+    add("--head-lr", type=number(float, 0, above=True), help="of everything else")
+    add("--weight-decay", type=number(float, 0), help="on all parameters")
+    add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: their hard pixels alone")
     add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, Appendix D [paper]")
 
 
@@ -515,16 +533,24 @@ def run_arguments(add):
         help="ask for deterministic CUDA kernels; the CPU's are so already",
     )
     add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint" + PRESET)
-    add("--log-every", type=COUNT, help="steps between log lines" + PRESET)
+    add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint")
+    add("--eval-mode", choices=EVAL_MODES, help="at original size, in sliding windows of --crop, or its center crop")
+    add("--log-every", type=COUNT, help="steps between log lines")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults are printed where they say something; the description stays as it is written."""
+    """Defaults are printed where they say something, presets with their sources; the description stays as it is written."""
 
     def _get_help_string(self, action):
+        presets = [
+            f"{dataset}{'' if devices == ANY else f' on {devices[0]}'} {numbers[action.dest]} [{source}]"
+            for dataset, devices, source, numbers in PRESETS
+            if action.dest in numbers
+        ]
+        if presets:
+            return f"{action.help}; default: {', '.join(presets)}"
         return action.help if action.default is None else super()._get_help_string(action)
 
 

@@ -17,17 +17,17 @@ def test_confusion_counts_pairs_and_leaves_255_out():
 
 
 def test_scores_match_a_hand_made_confusion_matrix():
-    result = E.scores(torch.tensor([[6, 2, 0], [1, 3, 0], [0, 4, 4]]), CLASSES)
+    result = E.scores(torch.tensor([[6, 2, 0], [1, 3, 0], [0, 4, 4]]), torch.eye(4), CLASSES)
     assert result["iou"] == pytest.approx({"sky": 100 * 6 / 9, "road": 100 * 3 / 10, "car": 100 * 4 / 8})
     assert result["miou"] == pytest.approx((100 * 6 / 9 + 30 + 50) / 3)
     assert result["pixel_accuracy"] == pytest.approx(100 * 13 / 20)
 
 
 def test_a_class_in_neither_truth_nor_prediction_counts_nowhere():
-    result = E.scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), CLASSES)
+    result = E.scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), torch.eye(4), CLASSES)
     assert result["iou"]["car"] is None and result["miou"] == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
     assert "car" in E.table(result) and "absent" in E.table(result)
-    wrongly_predicted = E.scores(torch.tensor([[3, 1, 1], [0, 4, 0], [0, 0, 0]]), CLASSES)
+    wrongly_predicted = E.scores(torch.tensor([[3, 1, 1], [0, 4, 0], [0, 0, 0]]), torch.eye(4), CLASSES)
     assert wrongly_predicted["iou"]["car"] == 0
 
 

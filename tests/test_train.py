@@ -26,7 +26,15 @@ ROOT = Path(__file__).parent.parent
 
 def arguments(**changes):
     return SimpleNamespace(
-        **{"framework": "fixmatch", "warmup_steps": 0, "iters": 10, "alpha0": 0.4, "lambda_u": 1.0, "cutmix": 0.5}
+        **{
+            "framework": "fixmatch",
+            "warmup_steps": 0,
+            "iters": 10,
+            "alpha0": 0.4,
+            "sup_loss": "ce",
+            "lambda_u": 1.0,
+            "cutmix": 0.5,
+        }
         | changes
     )
 
