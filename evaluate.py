@@ -229,7 +229,7 @@ def pseudo_label_figures(prob, pseudo, batch, options):
 
 
 COVERAGES = (0.2, 0.4, 0.6, 0.8, 0.9)
-BINS = 2**13  # of doubt, by the upper bits of the float: relative width 1/64, so that margins of 0.9999 are told apart
+BINS = 2**15  # of doubt, by the upper bits of the float: relative width 1/256, so that margins of 0.9999 are told apart
 
 
 @torch.no_grad()
@@ -250,24 +250,26 @@ def pseudo_label_report(model, data, items, device, alpha, options, protocol=Pro
         prob = predict(model, image.to(device), protocol)
         for i, p in enumerate((prob, refine(prob, **same))):
             label = p.argmax(1)
-            bits = doubt(confidence(p, kind), kind, classes).clamp(0, 1).view(torch.int32) >> 17
+            bits = doubt(confidence(p, kind), kind, classes).clamp(0, 1).view(torch.int32) >> 15
             place = ((label * 2 + (label == truth)) * 2 + border) * BINS + bits
             counts[i] += torch.bincount(place[known], minlength=counts.shape[1])
     if world > 1:
         dist.all_reduce(counts)
     counts = counts.view(2, classes, 2, 2, BINS).cpu().double().numpy()
+    passing = np.zeros(BINS)  # share of each bin's pixels that pass
     if options["threshold"] is None:
-        last = int(np.searchsorted(counts[0].sum((0, 1, 2)).cumsum(), (1 - alpha) * counts[0].sum()))
+        raw = counts[0].sum((0, 1, 2))
+        passing = (((1 - alpha) * raw.sum() - (raw.cumsum() - raw)) / raw.clip(1)).clip(0, 1)
     else:
         least = doubt(torch.tensor(float(options["threshold"])), kind, classes).clamp(0, 1)
-        last = int(least.view(torch.int32) >> 17) - 1
+        passing[: int(least.view(torch.int32) >> 15)] = 1
     report = {}
     for name, one in zip(("raw", "refined"), counts):
         by_class = dict(zip(data.classes, one.sum(2))) | {"all": one.sum((0, 2))}  # (wrong or right, BINS) each
-        kept = {c: part[:, : last + 1].sum() for c, part in by_class.items()}
+        kept = {c: part @ passing for c, part in by_class.items()}  # wrong and right
         report[name] = {
-            "kept": {c: share(kept[c], part.sum()) for c, part in by_class.items()},
-            "correct": {c: share(part[1, : last + 1].sum(), kept[c]) for c, part in by_class.items()},
+            "kept": {c: share(kept[c].sum(), part.sum()) for c, part in by_class.items()},
+            "correct": {c: share(kept[c][1], kept[c].sum()) for c in by_class},
             "all": coverage_accuracy(by_class["all"]),
             "border": coverage_accuracy(one[:, :, 1].sum(0)),
         }

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from test_data import camvid
 from torch import nn
 
+import evaluate as E
 import train as T
 from data import InputError
 from evaluate import pseudo_label_figures, stop_on_input_error
@@ -80,6 +81,32 @@ def test_cross_entropy_is_the_mean_over_labeled_pixels():
     assert T.cross_entropy(logits, label).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
+    torch.manual_seed(0)
+    logits, label = 4 * torch.randn(2, 5, 9, 9), torch.randint(0, 5, (2, 9, 9), dtype=torch.uint8)
+    label[0, :3] = 255
+    prob = logits.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
+    valid = label != 255
+    mined = T.hard_pixels(logits, label, at_least=1)
+    assert torch.equal(mined != 255, valid & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
+    sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(label.clamp(max=4).long(), 5).movedim(-1, 1)
+    kept = T.hard_pixels(sure, label, at_least=10) != 255
+    confidence = sure.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
+    assert (
+        kept.sum() >= 10 and confidence[kept].max() <= confidence[valid & ~kept].min() and confidence[valid].min() > 0.7
+    )
+    assert torch.equal(T.hard_pixels(sure, label, at_least=1000), label)  # more than there are: all of them
+
+
+def test_hard_example_mining_changes_the_supervised_loss_alone():
+    batch = little_batch()
+    plain, mined = (losses(batch, sup_loss=kind)[2]["losses"] for kind in ("ce", "ohem"))
+    assert plain[2] == mined[2]
+    logits = torch.randn(1, 3, 400, 400)  # more pixels than the hardest hundred thousand
+    label = logits.argmax(1)
+    assert T.supervised_loss(logits, label, "ohem") > T.supervised_loss(logits, label, "ce")
+
+
 def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on():
     loss, gradients, log = losses(little_batch(), options={"threshold": 2.0})
     assert log["losses"][2] == 0 and loss == log["losses"][1].item() > 0 and all(g.isfinite().all() for g in gradients)
@@ -139,6 +166,11 @@ def test_figures_count_kept_and_correct_with_and_without_refinement():
     }
     pseudo = pseudo_labels(prob, None, threshold=0.05)
     figures = pseudo_label_figures(prob, pseudo, batch, {})
+    margins = (prob[0, 0] - prob[0, 1]).abs().flatten()
+    expected = np.histogram(margins, bins=20, range=(0, 1))[0] / 4
+    assert figures["histogram_raw"] == pytest.approx(expected.tolist()) and sum(figures["histogram"]) == pytest.approx(
+        1
+    )
     raw_keep, keep = torch.tensor([True, False, True, True]), pseudo.keep.flatten()
     right = (pseudo.label.flatten() == batch["truth"].flatten()) & keep
     judged = keep & torch.tensor([True, False, True, True])
@@ -243,11 +275,67 @@ def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["miou"] == pytest.approx(lines(out, "val")[-1]["miou"]) and len(result["iou"]) == 11
     assert list((tmp_path / "panels").iterdir()) and "pixel accuracy" in done.stdout
+    assert 0 <= result["boundary_miou"] <= 100 and result["eval_mode"] == "original" and not result["refine"]
     two = script(
         "evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu",
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
     )  # fmt: skip
     assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(result["iou"]), two.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, camvid_root):
+    """The last checkpoint of a short run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(
+        out,
+        "--dataset",
+        "camvid",
+        "--root",
+        camvid_root,
+        "--labeled",
+        2,
+        "--iters",
+        3,
+        "--warmup-epochs",
+        0,
+        "--log-every",
+        1,
+    )
+    return out / "last.pth"
+
+
+def scored(tmp_path, checkpoint, *options):
+    E.main([str(checkpoint), "--device", "cpu", "--json", str(tmp_path / "scores.json"), *options])
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_every_protocol_of_evaluation_runs_through_the_command_line(tmp_path, finished):
+    plain = scored(tmp_path, finished)
+    for options in (
+        ["--eval-mode", "sliding", "--crop", "32"], ["--eval-mode", "center-crop", "--crop", "32"], ["--tta"], ["--refine"], ["--student"],
+        ["--split", "train"],
+    ):  # fmt: skip
+        result = scored(tmp_path, finished, *options)
+        assert 0 <= result["miou"] <= 100 and (result["iou"], result["pixel_accuracy"]) != (None, None)
+        assert result["images"] == (6 if "train" in options else 3)
+    assert result["split"] == "train" and plain["split"] == "val"
+    with pytest.raises(InputError, match="0 of the 0 test images of camvid have image and mask"):
+        scored(tmp_path, finished, "--split", "test")
+
+
+def test_the_report_on_pseudo_labels_runs_through_the_command_line_and_over_processes(tmp_path, finished, capsys):
+    report = scored(tmp_path, finished, "--pseudo-labels")
+    assert (
+        report["raw"]["kept"]["all"] == pytest.approx(0.6) and report["images"] == 4 and report["split"] == "unlabeled"
+    )
+    said = capsys.readouterr().out
+    assert "threshold: the 40% quantile" in said and "the same near contours" in said
+    script(
+        "evaluate.py", finished, "--pseudo-labels", "--json", tmp_path / "two.json", "--device", "cpu",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "two.json").read_text())["refined"] == report["refined"]
 
 
 def test_two_processes_train_and_evaluate_together(tmp_path, camvid_root):
@@ -409,8 +497,39 @@ def test_a_broken_image_in_a_loader_worker_ends_in_one_sentence(tmp_path):
 
 
 def test_help_names_where_defaults_come_from():
-    done = script("train.py", "--help")
-    assert "[paper]" in done.stdout and "[authors' code" in done.stdout and "(default: 0.4)" in done.stdout
+    said = " ".join(script("train.py", "--help").stdout.split())
+    assert "[paper]" in said and "[authors' code" in said and "(default: 0.4)" in said
+    assert "pascal 513 [paper], cityscapes 769 [paper]" in said and "camvid on cpu 128 [ours]" in said
+    assert "pascal 1 [authors' code]" in said and "cityscapes ohem [common practice]" in said
+
+
+def resolved(*command, device="cuda"):
+    args = T.parse_args(list(command))
+    T.fill_presets(args, torch.device(device))
+    return args
+
+
+def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
+    paper = dict(epochs=80, crop=513, batch_size=3, lr=0.001, head_lr=0.01, weight_decay=1e-4, power=0.9, sup_loss="ce")
+    paper |= dict(cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin")
+    paper |= dict(
+        backbone="resnet101", weights="imagenet", threshold=None, refinement=True, prior=False, distance_weight=True
+    )
+    args = vars(resolved("--dataset", "pascal", "--labeled", "92"))
+    assert {name: args[name] for name in paper} == paper and args["labeled"] == "92" and args["eval_mode"] == "original"
+    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem")
+    args = vars(resolved("--dataset", "cityscapes", "--labeled", "186"))
+    assert {name: args[name] for name in paper} == paper and args["eval_mode"] == "sliding"
+    args = resolved("--dataset", "pascal", "--crop", "321", "--iters", "100", "--sup-loss", "ohem")
+    assert (args.crop, args.iters, args.epochs, args.sup_loss) == (321, 100, None, "ohem")
+
+
+@pytest.mark.parametrize("dataset", T.DATASETS)
+@pytest.mark.parametrize("device", T.ANY)
+def test_a_preset_leaves_nothing_open_but_what_has_another_meaning(dataset, device):
+    args = vars(resolved("--dataset", dataset, device=device))
+    assert {name for name, value in args.items() if value is None} <= {"splits", "threshold", "epochs", "iters"}
+    assert args["epochs"] or args["iters"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
