@@ -721,7 +721,7 @@ def check(name, root, labeled, splits):
     return problems
 
 
-def main(argv=None):
+def parse_args(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -738,7 +738,12 @@ def main(argv=None):
             add("--dataset", choices=DATASETS, required=True)
             add("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
             add("--splits", help="folder of published lists; default: the one beside this file")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Fetches, or checks."""
+    args = parse_args(argv)
     if args.command == "pascal":
         fetch_pascal(args.root, args.sbd)
     elif args.command == "cityscapes":

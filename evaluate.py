@@ -421,6 +421,12 @@ def panel_items(data, count=4):
 # checkpoints
 
 
+RUN_ARGUMENTS = {  # what is read of checkpoint["args"]
+    "dataset", "root", "splits", "crop", "backbone", "output_stride", "eval_mode", "iters", "alpha0", "confidence", "threshold", "refinement",
+    "neighborhood", "neighbors", "select", "distance_weight", "dilation",
+}  # fmt: skip
+
+
 def load_checkpoint(path):
     """The dictionary that train.py saved. Nothing in the file is executed. Raises InputError."""
     if not Path(path).is_file():
@@ -434,8 +440,11 @@ def load_checkpoint(path):
     lacking = {"step", "args", "classes", "labeled", "student", "teacher"} - set(
         checkpoint if isinstance(checkpoint, dict) else ()
     )
+    lacking = lacking or RUN_ARGUMENTS - set(checkpoint["args"])
     if lacking:
-        raise InputError(f"checkpoint {path} lacks {', '.join(sorted(lacking))}; expected one that train.py saved")
+        raise InputError(
+            f"checkpoint {path} lacks {', '.join(sorted(lacking))}; expected one that this version of train.py saved"
+        )
     return checkpoint
 
 

@@ -77,7 +77,10 @@ class Evil:
 def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
     with pytest.raises(InputError, match="is not there; expected the last.pth"):
         E.load_checkpoint(tmp_path / "none.pth")
-    for name, content in (("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1})):
+    old = dict.fromkeys(("step", "classes", "labeled", "student", "teacher"), 0) | {"args": {"dataset": "shapes"}}
+    for name, content in (
+        ("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1}), ("old.pth", old),
+    ):  # fmt: skip
         torch.save(content, tmp_path / name)
     (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:100])
     for name, says in (
@@ -85,6 +88,7 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
         ("cut", "could not be read"),
         ("list", "lacks args"),
         ("other", "lacks args"),
+        ("old", "lacks alpha0, backbone, .* expected one that this version of train.py saved"),
     ):
         with pytest.raises(InputError, match=says):
             E.load_checkpoint(tmp_path / f"{name}.pth")

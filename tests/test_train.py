@@ -214,6 +214,7 @@ def test_two_processes_give_the_loss_and_gradient_of_one_with_the_whole_batch(tm
 # ----------------------------------------------------------------------------------------------------------------------
 # through the command line
 
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 TINY = ["--crop", "32", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--backbone", "resnet10"]
 
 
@@ -278,7 +279,7 @@ def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
     assert 0 <= result["boundary_miou"] <= 100 and result["eval_mode"] == "original" and not result["refine"]
     two = script(
         "evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        launcher=TWO_PROCESSES,
     )  # fmt: skip
     assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(result["iou"]), two.stderr
 
@@ -333,7 +334,7 @@ def test_the_report_on_pseudo_labels_runs_through_the_command_line_and_over_proc
     assert "threshold: the 40% quantile" in said and "the same near contours" in said
     script(
         "evaluate.py", finished, "--pseudo-labels", "--json", tmp_path / "two.json", "--device", "cpu",
-        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        launcher=TWO_PROCESSES,
     )  # fmt: skip
     assert json.loads((tmp_path / "two.json").read_text())["refined"] == report["refined"]
 
@@ -341,7 +342,7 @@ def test_the_report_on_pseudo_labels_runs_through_the_command_line_and_over_proc
 def test_two_processes_train_and_evaluate_together(tmp_path, camvid_root):
     script(
         "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 3, "--eval-every", 1, "--warmup-epochs", 1,
-        "--out", tmp_path / "run", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        "--out", tmp_path / "run", launcher=TWO_PROCESSES,
     )  # fmt: skip
     record = lines(tmp_path / "run", "train")[-1]
     assert record["step"] == 3 and math.isfinite(record["loss"]) and len(lines(tmp_path / "run", "val")) == 3
