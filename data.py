@@ -12,6 +12,7 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 """
 
 import argparse
+import http.client
 import os
 import sys
 import time
@@ -167,15 +168,15 @@ def list_shapes(root, lists):
 
 def find_root(root, names, folders):
     """`root`, or the first of `root/name`, that holds the folders. Raises InputError where none does."""
-    for candidate in (Path(root), *(Path(root) / name for name in names)):
-        if all((candidate / folder).is_dir() for folder in folders):
-            return candidate
-    expected = ", ".join(f"{folder}/" for folder in folders)
-    below = " or ".join(f"{name}/" for name in names)
+    candidates = [Path(root), *(Path(root) / name for name in names)]
+    lacking = {place: [f"{folder}/" for folder in folders if not (place / folder).is_dir()] for place in candidates}
+    best = min(candidates, key=lambda place: len(lacking[place]))
+    if not lacking[best]:
+        return best
+    expected = f"{', '.join(f'{folder}/' for folder in folders)} in it or in {' or '.join(f'{name}/' for name in names)} below it"
     if not Path(root).is_dir():
-        raise InputError(f"--root {root} is not there; expected a folder that holds {expected} or {below} with them")
-    missing = ", ".join(f"{folder}/" for folder in folders if not (Path(root) / folder).is_dir())
-    raise InputError(f"--root {root} lacks {missing}; expected {expected} in it or in {below} below it")
+        raise InputError(f"--root {root} is not there; expected a folder with {expected}")
+    raise InputError(f"--root {root}: {best} lacks {', '.join(lacking[best])}; expected {expected}")
 
 
 def files(folder, suffixes):
@@ -210,12 +211,15 @@ def list_camvid(root, lists):
     return splits
 
 
+PASCAL_PLACES, PASCAL_FOLDERS = ("VOC2012", "VOCdevkit/VOC2012"), ("JPEGImages", "SegmentationClass")
+
+
 def list_pascal(root, lists):
     """Items of PASCAL VOC 2012 (Everingham et al., 2010), extended by SBD (Hariharan et al., 2011), as the lists name them.
 
     Masks: SegmentationClass/ for the images that VOC annotated finely, SegmentationClassAug/ for all others.
     """
-    root = find_root(root, ("VOCdevkit/VOC2012", "VOC2012"), ("JPEGImages", "SegmentationClass"))
+    root = find_root(root, PASCAL_PLACES, PASCAL_FOLDERS)
     images = files(root / "JPEGImages", IMAGE_SUFFIXES)
     fine, coarse = (files(root / folder, MASK_SUFFIXES) for folder in ("SegmentationClass", "SegmentationClassAug"))
     masks = fine | {
@@ -243,20 +247,11 @@ def list_cityscapes(root, lists):
     return splits
 
 
-def mask_values(num_classes, void=()):
-    """(256,) uint8 for masks of class indices, with 255 and the void values to ignore; see Data.values."""
+def mask_values(classes):
+    """(256,) uint8 from {value in the file: class}, with 255 to ignore; see Data.values."""
     values = np.full(256, 254, np.uint8)
-    values[:num_classes] = np.arange(num_classes)
-    values[[IGNORE, *void]] = IGNORE
-    return values
-
-
-def cityscapes_values():
-    """(256,) uint8 for masks of label ids, from torchvision's table of them; see Data.values."""
-    values = np.full(256, 254, np.uint8)
-    for label in Cityscapes.classes:  # the id -1 is stored as 255
-        values[label.id] = IGNORE if label.ignore_in_eval else label.train_id
-    values[IGNORE] = IGNORE
+    for value, index in {IGNORE: IGNORE, **classes}.items():
+        values[value] = index
     return values
 
 
@@ -280,18 +275,25 @@ PASCAL_CLASSES = (
 )  # fmt: skip
 CITYSCAPES_CLASSES = tuple(label.name for label in Cityscapes.classes if not label.ignore_in_eval)  # by train_id
 DATASETS = {
-    "shapes": Spec(SHAPES_CLASSES, list_shapes, {"": mask_values(7)}, scales=(0.75, 1.5)),
-    "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values(11, void=[11])}),
+    "shapes": Spec(SHAPES_CLASSES, list_shapes, {"": mask_values({i: i for i in range(7)})}, scales=(0.75, 1.5)),
+    "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values({i: i for i in range(11)} | {11: IGNORE})}),
     "pascal": Spec(
         PASCAL_CLASSES,
         list_pascal,
-        {"": mask_values(21)},
+        {"": mask_values({i: i for i in range(21)})},
         "python data.py pascal --root DIR downloads VOC 2012 and, with --sbd, builds SegmentationClassAug",
     ),
     "cityscapes": Spec(
         CITYSCAPES_CLASSES,
         list_cityscapes,
-        {"labelTrainIds": mask_values(19), "labelIds": cityscapes_values()},
+        {
+            "labelTrainIds": mask_values({i: i for i in range(19)}),
+            "labelIds": mask_values(
+                {  # -1, the licence plates, is stored as 255
+                    label.id % 256: IGNORE if label.ignore_in_eval else label.train_id for label in Cityscapes.classes
+                }
+            ),
+        },
         "python data.py cityscapes --root DIR says what to download",
     ),
 }
@@ -382,18 +384,13 @@ def _decode(path, mode):
     """The file's pixels: an RGB image, or a mask of indices as they are stored. Raises InputError."""
     try:
         with Image.open(path) as image:
-            if mode == "RGB":
-                return image.convert("RGB")
-            if image.mode not in ("L", "P"):
-                raise InputError(
-                    f"mask {path} is a {image.mode} image; expected one class index per pixel, 8 bits, L or P"
-                )
-            image.load()
-            return image.copy()
+            stored = image.mode
+            image = image.convert("RGB") if mode == "RGB" else image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} could not be read ({error}); replace the file or take its id off the list") from error
+    if mode != "RGB" and stored not in ("L", "P"):
+        raise InputError(f"mask {path} is a {stored} image; expected one class index per pixel, 8 bits, L or P")
+    return image
 
 
 def read_image(item):
@@ -589,13 +586,13 @@ def evaluation_loader(data, items, workers=0, rank=0, world=1):
 # fetching and checking
 
 
-def reported(items, total, what):
+def reported(items, total, what, start=0):
     """Yields the items, and says every few seconds how far it is."""
     last = time.monotonic()
-    for done, item in enumerate(items, 1):
+    for done, item in enumerate(items, start + 1):
         yield item
         if time.monotonic() - last > 5:
-            print(f"{what}: {done} of {total or 'unknown'}", flush=True)
+            print(f"{what}: {done} of {total}", flush=True)
             last = time.monotonic()
 
 
@@ -607,28 +604,27 @@ def download(url, folder, md5):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     start = part.stat().st_size if part.exists() else 0
-    if not (start and check_integrity(part, md5)):
-        request = urllib.request.Request(url, headers={"User-Agent": "S4MC", "Range": f"bytes={start}-"})
-        try:
-            with (
-                urllib.request.urlopen(request, timeout=60) as answer,
-                open(part, "ab" if answer.status == 206 else "wb") as file,
-            ):
-                size = int(answer.headers.get("Content-Length", 0)) + file.tell()
-                blocks = iter(lambda: answer.read(2**20), b"")
-                for block in reported(blocks, size >> 20, f"MiB of {path.name}{', going on' if file.tell() else ''}"):
-                    file.write(block)
-        except OSError as error:
-            if getattr(error, "code", None) == 416:  # nothing is left to ask for, so what arrived is wrong
-                part.unlink()
+    request = urllib.request.Request(url, headers={"User-Agent": "S4MC", "Range": f"bytes={start}-"})
+    try:
+        with (
+            urllib.request.urlopen(request, timeout=60) as answer,
+            open(part, "ab" if answer.status == 206 else "wb") as file,  # 200: the server sends all of it again
+        ):
+            start = file.tell()
+            blocks, size = iter(lambda: answer.read(2**20), b""), start + int(answer.headers.get("Content-Length", 0))
+            for block in reported(blocks, size >> 20, f"MiB of {path.name}", start >> 20):
+                file.write(block)
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) != 416:  # 416: nothing is left to ask for
             raise InputError(f"{url} could not be downloaded ({error}); run the same command again to go on") from error
-        if not check_integrity(part, md5):
-            arrived = part.stat().st_size
-            if arrived >= size:
-                part.unlink()
-            raise InputError(
-                f"{url} sent {arrived} bytes of {size} with another checksum than {md5}; run the same command again"
-            )
+        size = start
+    if not check_integrity(part, md5):
+        arrived = part.stat().st_size
+        if arrived >= size:
+            part.unlink()
+        raise InputError(
+            f"{url} sent {arrived} bytes of {size} with another checksum than {md5}; run the same command again"
+        )
     os.replace(part, path)
     return path
 
@@ -642,25 +638,48 @@ def fetch_pascal(root, sbd):
             raise InputError(
                 "--sbd reads MATLAB files and needs scipy, which is not installed; pip install scipy"
             ) from error
-    voc, root = DATASET_YEAR_DICT["2012"], Path(root)
-    folder, lists = root / voc["base_dir"], SPLITS / "pascal"
-    wanted = [*id_list(lists / "train.txt"), *id_list(lists / "val.txt")]
-    if not all((folder / "JPEGImages" / f"{id}.jpg").is_file() for id in wanted):
-        download(voc["url"], root, voc["md5"])
-        VOCSegmentation(root, year="2012", download=True)  # finds the archive there, checks and unpacks it
+    root, facts, lists = Path(root), DATASET_YEAR_DICT["2012"], SPLITS / "pascal"
+    fine, val, train = (id_list(lists / f"{name}.txt") for name in ("1464", "val", "train"))
+
+    def missing():
+        """(the dataset's folder, files that it lacks)."""
+        try:
+            folder = find_root(root, PASCAL_PLACES, PASCAL_FOLDERS)
+        except InputError:
+            return root / facts["base_dir"], ["everything"]
+        images, masks = (files(folder / name, IMAGE_SUFFIXES) for name in PASCAL_FOLDERS)
+        return folder, [id for id in train + val if id not in images] + [id for id in fine + val if id not in masks]
+
+    folder, lacking = missing()
+    if lacking:
+        if folder != root / facts["base_dir"]:
+            raise InputError(
+                f"{folder} lacks {len(lacking)} files of VOC 2012, first {lacking[0]}; expected all, or another --root"
+            )
+        download(facts["url"], root, facts["md5"])
+        print("checking and unpacking", flush=True)
+        VOCSegmentation(root, year="2012", download=True)  # finds the archive there
+        folder, lacking = missing()
     if sbd:
         masks, matlab = folder / "SegmentationClassAug", root / "benchmark_RELEASE" / "dataset" / "cls"
-        ids = sorted(set(id_list(lists / "train.txt")) - set(id_list(lists / "1464.txt")))
-        ids = [id for id in ids if not (masks / f"{id}.png").is_file()]
+        ids = [id for id in sorted(set(train) - set(fine)) if not (masks / f"{id}.png").is_file()]
         if not all((matlab / f"{id}.mat").is_file() for id in ids):
-            extract_archive(str(download(SBDataset.url, root, SBDataset.md5)), str(root))
+            archive = download(SBDataset.url, root, SBDataset.md5)
+            print("unpacking", flush=True)
+            extract_archive(str(archive), str(root))
         masks.mkdir(exist_ok=True)
         for id in reported(ids, len(ids), "coarse masks"):
-            mask = Image.fromarray(loadmat(matlab / f"{id}.mat")["GTcls"][0]["Segmentation"][0])
+            try:
+                indices = loadmat(matlab / f"{id}.mat")["GTcls"][0]["Segmentation"][0]
+            except Exception as error:  # scipy raises many kinds, all of them the file's fault
+                raise InputError(
+                    f"{matlab / id}.mat could not be read ({error}); remove it and run this again"
+                ) from error
+            mask = Image.fromarray(indices)
             mask.putpalette(palette().tobytes())
             mask.save(masks / "unfinished", "PNG")
             os.replace(masks / "unfinished", masks / f"{id}.png")
-    print(f"complete: {folder}; its archives in {root} are no longer needed")
+    print(f"complete: {folder}; what was downloaded to {root} is no longer needed")
 
 
 def fetch_cityscapes(root):
@@ -711,13 +730,13 @@ def check(name, root, labeled, splits):
                 values += found[1]
                 if item.mask is None and part != "unlabeled":
                     problems.append(f"mask of the {part} image {item.id} is missing; {DATASETS[name].get}")
-    seconds, count = time.monotonic() - began, sum(map(len, parts.values()))
+    seconds, count = time.monotonic() - began, max(1, sizes.total())
     common = ", ".join(f"{width} x {height} ({n})" for (width, height), n in sizes.most_common(4))
     print(f"sizes: {common}{f', and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
     for value in np.flatnonzero(values):
         meaning = "ignored" if value == IGNORE else data.classes[value]
         print(f"{value:4} {meaning:20} {values[value] / values.sum():7.2%} of the mask pixels")
-    print(f"{count} images in {seconds:.1f} s, {1000 * seconds / count:.1f} s per thousand")
+    print(f"{sizes.total()} images read in {seconds:.1f} s, {1000 * seconds / count:.1f} s per thousand")
     return problems
 
 
@@ -725,19 +744,15 @@ def parse_args(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, does in (
-        ("pascal", "download PASCAL VOC 2012"),
-        ("cityscapes", "say what to download, and what is there"),
-        ("check", "read every image and mask in use"),
-    ):
-        add = commands.add_parser(command, help=does, description=does).add_argument
-        add("--root", default="data", help="folder of the dataset")
-        if command == "pascal":
-            add("--sbd", action="store_true", help="also SBD's masks, which 2646 and 5291 labels need; needs scipy")
-        if command == "check":
-            add("--dataset", choices=DATASETS, required=True)
-            add("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
-            add("--splits", help="folder of published lists; default: the one beside this file")
+    pascal = commands.add_parser("pascal", help="download PASCAL VOC 2012")
+    pascal.add_argument("--sbd", action="store_true", help="also SBD's masks, for 2646 and 5291 labels; needs scipy")
+    cityscapes = commands.add_parser("cityscapes", help="say what to download, and what is there")
+    check = commands.add_parser("check", help="read every image and mask in use")
+    check.add_argument("--dataset", choices=DATASETS, required=True)
+    check.add_argument("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
+    check.add_argument("--splits", help="folder of published lists; default: the one beside this file")
+    for command in (pascal, cityscapes, check):
+        command.add_argument("--root", default="data", help="folder of the dataset; default: data")
     return parser.parse_args(argv)
 
 
@@ -759,5 +774,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"data.py: {error}")

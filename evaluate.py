@@ -54,17 +54,14 @@ def probabilities(model, image, protocol):
     """softmax(model(image)): (1,3,H,W), normalized -> (1,C,H,W); the mean of it where windows overlap."""
     if protocol.eval_mode != "sliding":
         return model(image).float().softmax(1)
-    crop, total = protocol.crop, 0
-    covered = image.new_zeros(image.shape[-2:])
+    crop, total, covered = protocol.crop, None, image.new_zeros(image.shape[-2:])
     for top in windows(image.shape[-2], crop):
         for left in windows(image.shape[-1], crop):
             view = (..., slice(top, top + crop), slice(left, left + crop))
             prob = model(image[view]).float().softmax(1)
-            if torch.is_tensor(total):
-                total[view] += prob
-            else:
+            if total is None:
                 total = prob.new_zeros(*prob.shape[:2], *image.shape[-2:])
-                total[view] = prob
+            total[view] += prob
             covered[view] += 1
     return total / covered
 
@@ -117,7 +114,7 @@ def boundary_confusion(prediction, label, num_classes):
     """Boundary IoU's counts (Cheng et al., 2021), (C+1,C+1): like `confusion_matrix`, class C standing for interiors.
 
     A pixel keeps its class where it is within 2% of the image's diagonal of the contour of its region. Ignored pixels
-    are cut from the prediction as well, so that contours inside of PASCAL's 255 border count for nobody.
+    are a region of their own in truth and prediction, so that a contour under PASCAL's 255 border costs nothing.
     """
     distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
     prediction = prediction.masked_fill(label == IGNORE, IGNORE)
@@ -149,17 +146,23 @@ def scores(confusion, boundaries, classes):
     }  # fmt: skip
 
 
+def images_to_predict(data, items, protocol, workers, rank, world):
+    """(image, truth) of this process's items as `evaluation_loader` gives them; of the center crop, their center."""
+    for image, label in evaluation_loader(data, items, workers, rank, world):
+        if protocol.eval_mode == "center-crop":
+            top, left = (max(side - protocol.crop, 0) // 2 for side in label.shape[-2:])
+            view = (..., slice(top, top + protocol.crop), slice(left, left + protocol.crop))
+            image, label = image[view], label[view]
+        yield image, label
+
+
 @torch.no_grad()
 def evaluate(model, data, items, device, protocol=Protocol(), workers=0, rank=0, world=1):
     """The scores of a model in evaluation mode on items, summed over all processes."""
     classes = len(data.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     boundaries = torch.zeros(classes + 1, classes + 1, dtype=torch.long, device=device)
-    for image, label in evaluation_loader(data, items, workers, rank, world):
-        if protocol.eval_mode == "center-crop":
-            top, left = (max(side - protocol.crop, 0) // 2 for side in label.shape[-2:])
-            view = (..., slice(top, top + protocol.crop), slice(left, left + protocol.crop))
-            image, label = image[view], label[view]
+    for image, label in images_to_predict(data, items, protocol, workers, rank, world):
         label = label.to(device)
         prediction = predict(model, image.to(device), protocol).argmax(1)
         confusion += confusion_matrix(prediction, label, classes)
@@ -242,13 +245,12 @@ def pseudo_label_report(model, data, items, device, alpha, options, protocol=Pro
     "area": mean accuracy over all coverages}}}; classes include "all". "border": pixels at most 5 from a contour.
     """
     classes, kind = len(data.classes), options["kind"]
-    same = {name: value for name, value in options.items() if name not in ("refinement", "threshold", "kind")}
     counts = torch.zeros(2, classes * 4 * BINS, dtype=torch.long, device=device)  # by class, right, border, doubt
-    for image, truth in evaluation_loader(data, items, workers, rank, world):
+    for image, truth in images_to_predict(data, items, protocol, workers, rank, world):
         truth = truth.to(device)
         known, border = truth != IGNORE, near_contour(truth, 5, image_border=False)
         prob = predict(model, image.to(device), protocol)
-        for i, p in enumerate((prob, refine(prob, **same))):
+        for i, p in enumerate((prob, refine(prob, **options_of_refine(options)))):
             label = p.argmax(1)
             bits = doubt(confidence(p, kind), kind, classes).clamp(0, 1).view(torch.int32) >> 15
             place = ((label * 2 + (label == truth)) * 2 + border) * BINS + bits
@@ -322,9 +324,14 @@ def draw_figures(run, folder):
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
         raise InputError(f"{metrics} is not there; expected the checkpoint in its run's folder")
-    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "kept" in line]
+    whole = [
+        line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]  # a kill may cut the last
+    lines = [line for line in map(json.loads, whole) if "histogram" in line]
     if not lines:
-        raise InputError(f"{metrics} has no step with unlabeled images; expected a run past its warm-up")
+        raise InputError(
+            f"{metrics} has no step with unlabeled images; expected a run of this version past its warm-up"
+        )
 
     def curves(name, *panels):
         """One picture: panels of (title, {legend: key of metrics.jsonl}) over steps."""
@@ -340,9 +347,8 @@ def draw_figures(run, folder):
 
     drawn = [curves("fig4.png", ("given a label", {"S4MC": "kept", "without refinement": "kept_raw"}),
                     ("right, of those", {"S4MC": "correct", "without refinement": "correct_raw"}))]  # fmt: skip
-    drawn += [
-        curves("fig5.png", ("added by refinement", {"true positives": "tp_change", "false positives": "fp_change"}))
-    ]
+    added = {"true positives": "tp_change", "false positives": "fp_change"}
+    drawn.append(curves("fig5.png", ("added by refinement", added)))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, place in zip(figure.subplots(1, 3, sharey=True), (0, len(lines) // 2, -1)):
         for legend, key in (("refined", "histogram"), ("raw", "histogram_raw")):
@@ -413,7 +419,8 @@ def panel(model, data, items, device, alpha, options):
 
 def panel_items(data, count=4):
     """Unlabeled images, evenly spaced, where their truth is known; else validation images."""
-    items = [item for item in data.unlabeled if None not in (item.image, item.mask)] or data.val
+    whole = [[item for item in items if None not in (item.image, item.mask)] for items in (data.unlabeled, data.val)]
+    items = whole[0] or whole[1]
     return [items[i * len(items) // count] for i in range(min(count, len(items)))]
 
 
@@ -468,10 +475,16 @@ def items_to_score(data, part, root):
     whole = [item for item in items if None not in (item.image, item.mask)]
     if not whole or (part in ("val", "test") and len(whole) < len(items)):
         raise InputError(
-            f"{len(whole)} of the {len(items)} {part} images of {data.name} have image and mask under {root}; "
-            f"expected {'all of them' if part in ('val', 'test') else 'some of them'}, see: python data.py check"
+            f"{len(whole)} of the {len(items)} {part} images of {data.name} have image and mask under {root}; expected "
+            f"{'all' if part in ('val', 'test') else 'some'} of them"
+            f"{''.join(f', without: {item.id}' for item in [item for item in items if item not in whole][:3])}"
         )
     return whole
+
+
+def options_of_refine(options):
+    """Of the arguments of `pseudo_labels`, those of `refine.refine`."""
+    return {name: value for name, value in options.items() if name not in ("refinement", "threshold", "kind")}
 
 
 def refinement_options(args, prior=None):
@@ -505,12 +518,14 @@ def start_processes(wanted):
 
 
 def stop_on_input_error(main):
-    """Runs main; an InputError, also one of a loader's worker, ends the program with its sentence alone."""
+    """Runs main; an InputError, also one of a loader's worker, or a file's error ends the program with its sentence alone."""
     try:
         main()
     except InputError as error:
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
+    except OSError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -537,6 +552,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", help="last.pth or best.pth of a run")
     add("--root", help="folder of the dataset; default: the one of the run")
+    add("--splits", help="folder of published lists; default: the run's")
     add("--split", choices=("val", "test", "train"), default="val", help="the images to score; default: val")
     add(
         "--eval-mode",
@@ -553,7 +569,10 @@ def parse_args(argv=None):
     add("--json", metavar="FILE", help="also write the numbers there")
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.refine and args.pseudo_labels:
+        parser.error("--pseudo-labels compares with and without refinement already; expected it without --refine")
+    return args
 
 
 def main(argv=None):
@@ -568,51 +587,45 @@ def main(argv=None):
         for file in draw_figures(Path(args.checkpoint).parent, Path(args.figures)):
             print(f"wrote {file}")
         return
-    data = open_dataset(run["dataset"], args.root or run["root"], checkpoint["labeled"], run["splits"], use=())
+    data = open_dataset(
+        run["dataset"], args.root or run["root"], checkpoint["labeled"], args.splits or run["splits"], use=()
+    )
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(
             f"checkpoint {args.checkpoint} predicts {len(checkpoint['classes'])} classes, {data.name} has "
             f"{len(data.classes)}; expected the same classes in the same order"
         )
-    items = items_to_score(data, "unlabeled" if args.pseudo_labels else args.split, args.root or run["root"])
+    part, network = "unlabeled" if args.pseudo_labels else args.split, "student" if args.student else "teacher"
+    items = items_to_score(data, part, args.root or run["root"])
     rank, world, device = start_processes(args.device)
-    model = load_model(checkpoint, args.checkpoint, "student" if args.student else "teacher").to(device)
+    model = load_model(checkpoint, args.checkpoint, network).to(device)
     prior = checkpoint.get("prior")
     options = refinement_options(run, None if prior is None else prior.to(device))
-    at_inference = {name: value for name, value in options.items() if name not in ("refinement", "threshold", "kind")}
-    protocol = Protocol(
-        args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, at_inference if args.refine else None
-    )
+    at_inference = options_of_refine(options) if args.refine else None
+    protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, at_inference)
     if args.pseudo_labels:
         sharing = (protocol, args.workers, rank, world)
         result = pseudo_label_report(model, data, items, device, run["alpha0"], options, *sharing)
-        text = f"threshold: the {run['alpha0']:.0%} quantile of the raw confidences"
-        text = (
-            (text if options["threshold"] is None else f"threshold: {options['threshold']}")
-            + "\n"
-            + report_table(result)
-        )
+        quantile = f"the {run['alpha0']:.0%} quantile of the raw confidences"
+        text = f"threshold: {options['threshold'] or quantile}\n{report_table(result)}"
     else:
         result = evaluate(model, data, items, device, protocol, args.workers, rank, world)
         text = table(result)
     if rank != 0:
         return
-    part = "unlabeled" if args.pseudo_labels else args.split
-    print(f"{args.checkpoint}: step {step}, {len(items)} {part} images of {data.name}\n{text}")
+    about = {"checkpoint": str(args.checkpoint), "step": step, "network": network, "dataset": data.name, "split": part}
+    about |= {"images": len(items)} | protocol._asdict() | {"refine": args.refine}
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + f"\n{text}")
     if args.json:
-        about = {
-            "checkpoint": str(args.checkpoint),
-            "step": step,
-            "dataset": data.name,
-            "split": part,
-            "images": len(items),
-        }
-        about |= protocol._asdict() | {"refine": args.refine}
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:
-        file = Path(args.panels) / f"step-{step:06d}.png"
+        file, shown = Path(args.panels) / f"step-{step:06d}.png", panel_items(data)
+        if not shown:
+            raise InputError(
+                f"no unlabeled or validation image of {data.name} has image and mask, so there is no panel"
+            )
         alpha = dpa_alpha(step, run["iters"], run["alpha0"])
-        panel(model, data, panel_items(data), device, alpha, options).save(file)
+        panel(model, data, shown, device, alpha, options).save(file)
         print(f"wrote {file}")
 
 

@@ -98,15 +98,15 @@ def cross_entropy(logits, label):
 
 
 @torch.no_grad()
-def hard_pixels(logits, label, sure=0.7, at_least=100_000):
+def hard_pixels(logits, label, sure=0.7, per_image=50_000):
     """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure already.
 
-    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the
-    `at_least` hardest pixels of this process; both numbers are common practice on Cityscapes.
+    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the hardest
+    B * per_image pixels of this process. Both numbers are common practice on Cityscapes, there 100,000 for two images.
     """
     prob = logits.float().softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
     prob = prob.masked_fill(label == IGNORE, torch.inf)
-    hardest = prob.flatten().kthvalue(min(at_least, prob.numel())).values
+    hardest = prob.flatten().kthvalue(min(per_image * len(label), prob.numel())).values
     return label.masked_fill(prob > hardest.clamp(min=sure), IGNORE)
 
 
@@ -495,7 +495,11 @@ def method_arguments(add):
     add("--prior", action=SWITCH, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=SHARE, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add("--threshold", type=float, help="a fixed one in place of Eq. 6; default: none [FixMatch: 0.95]")
+    add(
+        "--threshold",
+        type=float,
+        help="a fixed one in place of Eq. 6; default: none [FixMatch: 0.95, of --confidence max]",
+    )
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--ema", type=SHARE, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
     add("--cutmix", type=SHARE, default=0.5, help="probability per image, Appendix D [paper]")

@@ -280,7 +280,7 @@ def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
         open_dataset("camvid", root, tmp_path / "list.txt")
     with pytest.raises(InputError, match="dataset 'mnist' is unknown; expected one of shapes, camvid"):
         open_dataset("mnist", root, 1)
-    with pytest.raises(InputError, match="is not there; expected a folder that holds train/, trainannot/"):
+    with pytest.raises(InputError, match="is not there; expected a folder with train/, trainannot/"):
         open_dataset("camvid", tmp_path / "nowhere", 1)
     for path in (root / "valannot").iterdir():
         path.unlink()

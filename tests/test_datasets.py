@@ -9,7 +9,6 @@ import sys
 import tarfile
 import threading
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,7 +175,7 @@ def test_cityscapes_reads_both_kinds_of_labels(tmp_path):
 
 
 def test_label_ids_mean_what_torchvision_s_table_says():
-    values = D.cityscapes_values()
+    values = D.DATASETS["cityscapes"].values["labelIds"]
     assert [np.flatnonzero(values == c).tolist() for c in (0, 1, 13, 18)] == [[7], [8], [26], [33]]
     assert (values[[0, 3, 9, 30, 255]] == 255).all() and (values[34:255] == 254).all()
 
@@ -192,7 +191,7 @@ def test_wrong_trees_and_lists_get_one_sentence(tmp_path):
         open_dataset("pascal", root, 2, tmp_path / "splits")
     with pytest.raises(InputError, match=r"92 of 92 labeled images of pascal have no image"):
         open_dataset("pascal", root, 92)
-    with pytest.raises(InputError, match="--root .*nowhere is not there; expected a folder that holds JPEGImages/"):
+    with pytest.raises(InputError, match="--root .*nowhere is not there; expected a folder with JPEGImages/"):
         open_dataset("pascal", tmp_path / "nowhere", 92)
 
 
@@ -214,12 +213,13 @@ def test_masks_of_0_and_255_alone_are_refused(tmp_path):
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves one archive, knows ranges, and hangs up after `limit` bytes of an answer."""
 
-    content, limit, ranges = b"", None, []
+    content, limit, status, ranges = b"", None, 206, []
 
     def do_GET(self):  # noqa: N802, the library's name
         start = int(re.match(r"bytes=(\d+)-", self.headers["Range"])[1])
         self.ranges.append(start)
-        self.send_response(206)
+        start = 0 if self.status == 200 else start
+        self.send_response(self.status)
         self.send_header("Content-Length", str(len(self.content) - start))
         self.end_headers()
         self.wfile.write(self.content[start:][: self.limit])
@@ -232,7 +232,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        Server.limit, Server.ranges = None, []
+        Server.limit, Server.status, Server.ranges = None, 206, []
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
@@ -265,6 +265,31 @@ def test_pascal_is_downloaded_goes_on_after_a_break_and_is_unpacked(tmp_path, mo
     assert len(open_dataset("pascal", tmp_path / "root", 7).labeled) == 7
 
 
+def test_what_is_there_in_another_layout_is_left_alone(tmp_path, monkeypatch, capsys):
+    root = pascal(tmp_path / "root" / "VOC2012", tmp_path / "splits")
+    monkeypatch.setattr(D, "SPLITS", tmp_path / "splits")
+    D.main(["pascal", "--root", str(tmp_path / "root")])
+    assert f"complete: {root}" in capsys.readouterr().out
+    (root / "SegmentationClass" / "2009_000001.png").unlink()
+    with pytest.raises(
+        InputError, match="VOC2012 lacks 1 files of VOC 2012, first 2009_000001; expected all, or another"
+    ):
+        D.main(["pascal", "--root", str(tmp_path / "root")])
+
+
+def test_a_server_without_ranges_sends_everything_again(tmp_path, server):
+    Server.content, Server.status = b"0123456789", 200
+    (tmp_path / "file.tar.part").write_bytes(b"xyz")
+    path = D.download(f"{server}/file.tar", tmp_path, hashlib.md5(Server.content).hexdigest())
+    assert path.read_bytes() == Server.content and [file.name for file in tmp_path.iterdir()] == ["file.tar"]
+
+
+def test_a_download_that_was_killed_before_its_last_word_needs_no_second_one(tmp_path, server):
+    Server.content, Server.status = b"0123456789", 416
+    (tmp_path / "file.tar.part").write_bytes(b"0123456789")
+    assert D.download(f"{server}/file.tar", tmp_path, hashlib.md5(Server.content).hexdigest()).is_file()
+
+
 def test_a_download_with_another_checksum_is_thrown_away(tmp_path, server):
     Server.content = b"something else"
     for _ in range(2):
@@ -279,14 +304,15 @@ def test_no_network_is_one_sentence(tmp_path):
         D.download("http://127.0.0.1:9/file.tar", tmp_path, "abc")
 
 
-def test_sbd_s_masks_are_built_once_from_its_matlab_files(tmp_path, monkeypatch):
+def test_sbd_s_masks_are_built_once_from_its_matlab_files(tmp_path, monkeypatch, server):
     root = tmp_path / "root"
     voc = pascal(root / "VOCdevkit" / "VOC2012", tmp_path / "splits")
-    (voc / "JPEGImages" / "2007_000003.JPG").rename(voc / "JPEGImages" / "2007_000003.jpg")
     (voc / "SegmentationClassAug" / "2008_000001.png").unlink()
-    matlab = root / "benchmark_RELEASE" / "dataset" / "cls"
-    matlab.mkdir(parents=True)
-    (matlab / "2008_000001.mat").write_text("")
+    (tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls").mkdir(parents=True)
+    (tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls" / "2008_000001.mat").write_text("broken")
+    Server.content = archive(tmp_path / "sbd")
+    monkeypatch.setattr(D.SBDataset, "url", f"{server}/benchmark.tar")
+    monkeypatch.setattr(D.SBDataset, "md5", hashlib.md5(Server.content).hexdigest())
     monkeypatch.setattr(D, "SPLITS", tmp_path / "splits")
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(InputError, match="--sbd reads MATLAB files and needs scipy, which is not installed"):
@@ -296,13 +322,18 @@ def test_sbd_s_masks_are_built_once_from_its_matlab_files(tmp_path, monkeypatch)
 
     def loadmat(path):  # what scipy returns for SBD's struct
         asked.append(path.stem)
+        if path.read_text() == "broken":
+            raise ValueError("Unknown mat file type")
         return {"GTcls": [{"Segmentation": [np.full((55, 97), 17, np.uint8)]}]}
 
     monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
     monkeypatch.setitem(sys.modules, "scipy.io", types.SimpleNamespace(loadmat=loadmat))
+    with pytest.raises(InputError, match=r"2008_000001\.mat could not be read .*; remove it and run this again"):
+        D.main(["pascal", "--root", str(root), "--sbd"])
+    (root / "benchmark_RELEASE" / "dataset" / "cls" / "2008_000001.mat").write_text("good")
     for _ in range(2):
         D.main(["pascal", "--root", str(root), "--sbd"])
-    assert asked == ["2008_000001"]
+    assert asked == ["2008_000001"] * 2 and Server.ranges == [0]
     built = Image.open(voc / "SegmentationClassAug" / "2008_000001.png")
     assert (
         built.mode == "P"
@@ -395,10 +426,13 @@ def test_a_checkpoint_is_scored_where_only_the_validation_images_are(tmp_path):
     for path in [*root.glob("*/2007*"), *root.glob("*/2008*")]:
         path.unlink()
     done = script("evaluate.py", tmp_path / "run" / "last.pth", "--device", "cpu")
-    assert "2 val images of pascal" in done.stdout
+    assert "dataset pascal, split val, images 2, eval_mode original" in done.stdout
     done = script("evaluate.py", tmp_path / "run" / "last.pth", "--device", "cpu", "--split", "train", check=False)
     assert "0 of the 8 train images of pascal have image and mask" in done.stderr and done.returncode == 1
+    assert "some of them, without: 2007_000000, without: 2007_000001" in done.stderr
 
 
-def test_lists_lie_beside_the_scripts_wherever_they_are_started():
-    assert Path(D.__file__).parent / "splits" == SPLITS
+def test_lists_are_found_wherever_the_scripts_are_started(tmp_path):
+    root = pascal(tmp_path / "root", tmp_path / "splits")
+    done = script("data.py", "check", "--dataset", "pascal", "--root", root, "--labeled", 92, check=False, cwd=tmp_path)
+    assert "labeled: 92 images, 0 masks" in done.stdout and "12028 files are missing or broken" in done.stderr

@@ -259,6 +259,16 @@ def test_accuracy_at_equal_coverage_matches_sorted_pixels():
     assert E.coverage_accuracy(np.zeros((2, 5))) == {}
 
 
+def test_the_report_sees_the_center_crop_alone_where_it_is_asked_for():
+    data = open_dataset("shapes", "", 3)
+    protocol, options = E.Protocol("center-crop", 32), refinement_options_of()
+    sizes = [tuple(image.shape) for image, _ in E.images_to_predict(data, data.val[:1], protocol, 0, 0, 1)]
+    assert sizes == [(1, 3, 32, 32)]
+    crop = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options, protocol)
+    whole = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options)
+    assert crop["raw"]["all"] != whole["raw"]["all"]
+
+
 def test_the_report_counts_what_plain_loops_count():
     data = open_dataset("shapes", "", 3)
     items, options = data.unlabeled[:3], refinement_options_of(threshold=None)
@@ -368,6 +378,10 @@ def test_figures_without_matplotlib_or_log_get_one_sentence(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=None))
     with pytest.raises(InputError, match="metrics.jsonl is not there; expected the checkpoint in its run's folder"):
         E.draw_figures(tmp_path, tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"event": "val", "step": 1}\n')
-    with pytest.raises(InputError, match="has no step with unlabeled images; expected a run past its warm-up"):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"event": "val", "step": 1}\n{"kept": 1}\n{"histogram": ['
+    )  # and a cut line
+    with pytest.raises(
+        InputError, match="has no step with unlabeled images; expected a run of this version past its warm"
+    ):
         E.draw_figures(tmp_path, tmp_path)

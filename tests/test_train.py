@@ -87,15 +87,15 @@ def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
     label[0, :3] = 255
     prob = logits.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
     valid = label != 255
-    mined = T.hard_pixels(logits, label, at_least=1)
+    mined = T.hard_pixels(logits, label, per_image=1)
     assert torch.equal(mined != 255, valid & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
     sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(label.clamp(max=4).long(), 5).movedim(-1, 1)
-    kept = T.hard_pixels(sure, label, at_least=10) != 255
+    kept = T.hard_pixels(sure, label, per_image=5) != 255
     confidence = sure.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
     assert (
         kept.sum() >= 10 and confidence[kept].max() <= confidence[valid & ~kept].min() and confidence[valid].min() > 0.7
     )
-    assert torch.equal(T.hard_pixels(sure, label, at_least=1000), label)  # more than there are: all of them
+    assert torch.equal(T.hard_pixels(sure, label, per_image=1000), label)  # more than there are: all of them
 
 
 def test_hard_example_mining_changes_the_supervised_loss_alone():
@@ -318,11 +318,17 @@ def test_every_protocol_of_evaluation_runs_through_the_command_line(tmp_path, fi
         ["--split", "train"],
     ):  # fmt: skip
         result = scored(tmp_path, finished, *options)
-        assert 0 <= result["miou"] <= 100 and (result["iou"], result["pixel_accuracy"]) != (None, None)
-        assert result["images"] == (6 if "train" in options else 3)
-    assert result["split"] == "train" and plain["split"] == "val"
+        name, value = options[0].removeprefix("--").replace("-", "_"), (options[1:] or [True])[0]
+        assert result["network" if name == "student" else name] == ("student" if name == "student" else value)
+        assert 0 <= result["miou"] <= 100 and result["images"] == (6 if "train" in options else 3)
+        assert name == "refine" or (result["pixel_accuracy"], result["boundary_miou"]) != (
+            plain["pixel_accuracy"],
+            plain["boundary_miou"],
+        )
     with pytest.raises(InputError, match="0 of the 0 test images of camvid have image and mask"):
         scored(tmp_path, finished, "--split", "test")
+    with pytest.raises(SystemExit):
+        scored(tmp_path, finished, "--pseudo-labels", "--refine")
 
 
 def test_the_report_on_pseudo_labels_runs_through_the_command_line_and_over_processes(tmp_path, finished, capsys):
@@ -469,7 +475,7 @@ def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch, c
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (
             ["--dataset", "camvid", "--root", "nowhere"],
-            "--root nowhere is not there; expected a folder that holds train/",
+            "--root nowhere is not there; expected a folder with train/",
         ),
         (["--labeled", "1000"], "--labeled 1000 is impossible; expected 1 to 480"),
         (["--labeled", "all"], "--labeled all leaves no unlabeled image; use --framework supervised"),
