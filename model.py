@@ -115,17 +115,25 @@ def ema_decay(updates, decay=0.99):
     return min(1 - 1 / (updates + 1), decay)
 
 
+class Teacher(AveragedModel):
+    """The moving average of a student: theta_t = tau theta_t + (1 - tau) theta_s, Sec. 4.1; BatchNorm statistics are copied."""
+
+    def __init__(self, student, decay):
+        super().__init__(student)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, student):
+        """One update, without waiting for the device: the library's own copies its counter there each time."""
+        average = get_ema_multi_avg_fn(ema_decay(int(self.n_averaged), self.decay))  # the counter is on the CPU
+        average([*self.module.parameters()], [*student.parameters()], None)
+        torch._foreach_copy_([*self.module.buffers()], [*student.buffers()])
+        self.n_averaged += 1
+
+
 def ema_teacher(student, decay=0.99):
-    """The teacher: a copy of the student in evaluation mode, theta_t = tau theta_t + (1 - tau) theta_s at each update.
-
-    Returns an AveragedModel. Its BatchNorm statistics are the student's, copied at each update.
-    """
-
-    def average(teacher, student, updates):
-        get_ema_multi_avg_fn(ema_decay(int(updates), decay))(teacher, student, updates)
-
-    teacher = AveragedModel(student, multi_avg_fn=average)
-    return teacher.requires_grad_(False).eval()
+    """The teacher of a student that is on its device already: a copy, in evaluation mode. Returns an AveragedModel."""
+    return Teacher(student, decay).requires_grad_(False).eval()
 
 
 def average_batchnorm(model, world):

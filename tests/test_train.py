@@ -19,7 +19,7 @@ from torch import nn
 import evaluate as E
 import train as T
 from data import InputError
-from evaluate import pseudo_label_figures, stop_on_input_error
+from evaluate import pseudo_label_figures, refinement_options, stop_on_input_error
 from refine import pseudo_labels
 
 ROOT = Path(__file__).parent.parent
@@ -311,20 +311,32 @@ def scored(tmp_path, checkpoint, *options):
     return json.loads((tmp_path / "scores.json").read_text())
 
 
-def test_every_protocol_of_evaluation_runs_through_the_command_line(tmp_path, finished):
-    plain = scored(tmp_path, finished)
-    for options in (
-        ["--eval-mode", "sliding", "--crop", "32"], ["--eval-mode", "center-crop", "--crop", "32"], ["--tta"], ["--refine"], ["--student"],
-        ["--split", "train"],
-    ):  # fmt: skip
-        result = scored(tmp_path, finished, *options)
-        name, value = options[0].removeprefix("--").replace("-", "_"), (options[1:] or [True])[0]
-        assert result["network" if name == "student" else name] == ("student" if name == "student" else value)
-        assert 0 <= result["miou"] <= 100 and result["images"] == (6 if "train" in options else 3)
-        assert name == "refine" or (result["pixel_accuracy"], result["boundary_miou"]) != (
-            plain["pixel_accuracy"],
-            plain["boundary_miou"],
+def test_every_protocol_of_evaluation_runs_through_the_command_line(tmp_path, monkeypatch, finished):
+    used, predict, load_model = [], E.predict, E.load_model
+    monkeypatch.setattr(
+        E, "predict", lambda model, image, protocol: used.append(protocol) or predict(model, image, protocol)
+    )
+    monkeypatch.setattr(E, "load_model", lambda *args: used.append(args[2]) or load_model(*args))
+    plain, options = (
+        E.Protocol("original", 32),
+        refinement_options(json.loads((finished.parent / "args.json").read_text())),
+    )
+    for command, protocol in (
+        ([], plain),
+        (["--eval-mode", "sliding", "--crop", "40"], plain._replace(eval_mode="sliding", crop=40)),
+        (["--eval-mode", "center-crop"], plain._replace(eval_mode="center-crop")),
+        (["--tta"], plain._replace(tta=True)),
+        (["--refine"], plain._replace(refine=E.options_of_refine(options))),
+        (["--student", "--split", "train"], plain),
+    ):
+        used.clear()
+        result = scored(tmp_path, finished, *command)
+        assert used[0] == result["network"] == ("student" if "--student" in command else "teacher")
+        assert used[1:] == [protocol] * result["images"] and result["images"] == (6 if "train" in command else 3)
+        assert result["split"] == ("train" if "train" in command else "val") and result["refine"] == (
+            "--refine" in command
         )
+        assert 0 <= result["miou"] <= 100 and (result["eval_mode"], result["crop"], result["tta"]) == protocol[:3]
     with pytest.raises(InputError, match="0 of the 0 test images of camvid have image and mask"):
         scored(tmp_path, finished, "--split", "test")
     with pytest.raises(SystemExit):
