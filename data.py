@@ -38,7 +38,7 @@ IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
 IMAGE_SUFFIXES, MASK_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png",)
 SPLITS = Path(__file__).parent / "splits"
-STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step"))}
+STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step", "strong"))}
 
 
 class InputError(ValueError):
@@ -462,11 +462,17 @@ STRONG = v2.Compose(  # FixMatch's strong view of a weak one, with the field's u
 )
 
 
-def strong_view(weak, rng):
-    """Color jitter, grey and blur of a uint8 image (3,H,W). Geometry stays, so weak labels fit it."""
+def strong_views(weak, seed, numbers):
+    """Color jitter, grey and blur of uint8 images (B,3,H,W), on their device; a pure function of (seed, number) for each.
+
+    Geometry stays, so labels of the weak views fit. numbers: of the draws, see `TrainingViews`.
+    """
+    strong = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(2**63)))
-        return STRONG(weak)
+        for image, number in zip(weak, numbers):
+            torch.manual_seed(int(generator(seed, "strong", number).integers(2**63)))
+            strong.append(STRONG(image))
+    return torch.stack(strong)
 
 
 def cutmix(images, labels, rng, probability=0.5):
@@ -518,8 +524,8 @@ def drawn(items, seed, stream, number):
 class TrainingViews(Dataset):
     """Sample n of the whole run: the n-th draw of a labeled image and, unless supervised, of an unlabeled one.
 
-    x (3,crop,crop) uint8, y (crop,crop) uint8; weak, and strong for "fixmatch", like x; valid (crop,crop) bool, False on
-    padding; truth like y, 255 where nobody labeled: for figures, never for the loss.
+    x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
+    where nobody labeled: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
     """
 
     def __init__(self, data, crop, framework, seed):
@@ -540,14 +546,17 @@ class TrainingViews(Dataset):
         else:
             image, mask = read(item, self.data)
         weak, truth, valid = random_view(image, mask, self.crop, self.data.scales, rng)
-        sample |= {"weak": weak, "truth": truth, "valid": valid, "id_u": item.id}
-        if self.framework == "fixmatch":
-            sample["strong"] = strong_view(weak, rng)
-        return sample
+        return sample | {"weak": weak, "truth": truth, "valid": valid, "id_u": item.id}
+
+
+def draws(step, batch_size, rank=0, world=1):
+    """The numbers of the draws that a process sees in a step: together the processes see B * world new ones."""
+    first = (step * world + rank) * batch_size
+    return range(first, first + batch_size)
 
 
 def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
-    """One batch per step of the range `steps`, for one process of `world`: step t draws numbers t*B*world + rank*B + 0..B-1.
+    """One batch per step of the range `steps`, for one process of `world`: the draws that `draws` names.
 
     Together the processes see what one process with batch B*world would see. Raises InputError where the crop is larger
     than any view of the first labeled image could fill.
@@ -559,7 +568,7 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
             f"{data.scales[1]:g} times as large when resized; expected at most {int(data.scales[1] * side)}"
         )
     views = TrainingViews(data, crop, framework, seed)
-    batches = [range((t * world + rank) * batch_size, (t * world + rank + 1) * batch_size) for t in steps]
+    batches = [draws(t, batch_size, rank, world) for t in steps]
     return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
 
 

@@ -519,16 +519,18 @@ def start_processes(wanted):
 
 def stop_on_input_error(main):
     """Runs main; an InputError, also one of a loader's worker, or a file's error ends the program with its sentence alone."""
+    sentence = None
     try:
         main()
     except InputError as error:
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-        sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
     except OSError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sentence = str(error)
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
             dist.destroy_process_group()
+    if sentence:
+        sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
 
 
 def number(kind, low, high=math.inf, above=False):

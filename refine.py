@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 IGNORE = 255
 
@@ -36,18 +37,35 @@ def confidence(prob, kind="margin"):
     prob (B,C,H,W) -> (B,H,W). Refined probabilities are put into the same formulas, as in Sec. 3.2.2.
     Raises ValueError on another kind.
     """
-    if kind == "max":
-        return prob.amax(1)
-    if kind == "entropy":
-        return torch.xlogy(prob, prob).sum(1)
-    if kind != "margin":
+    return _decide(prob.unbind(1), kind)[0]
+
+
+def _decide(planes, kind):
+    """(confidence (B,H,W), class (B,H,W)) of probabilities that come class by class, so that never all of them exist."""
+    # topk, argmax and max over the strided class dimension are many times slower.
+    if kind not in ("margin", "max", "entropy"):
         raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
-    first = prob[:, 0]
-    second = torch.zeros_like(first)
-    for p in prob.unbind(1)[1:]:  # the two largest in one pass: topk over a strided dimension is many times slower
-        second = torch.maximum(second, torch.minimum(first, p))
-        first = torch.maximum(first, p)
-    return first - second
+    planes = iter(planes)
+    first = next(planes)
+    second, label = torch.zeros_like(first), torch.zeros_like(first, dtype=torch.uint8)
+    entropy = torch.xlogy(first, first) if kind == "entropy" else None
+    for c, p in enumerate(planes, 1):
+        first, second, label = _ranked(first, second, label, p, c)
+        if kind == "entropy":
+            entropy = entropy + torch.xlogy(p, p)
+    return {"margin": first - second, "max": first, "entropy": entropy}[kind], label
+
+
+def _ranked(first, second, label, p, c):
+    """The two largest probabilities so far and the class of the first, after class c's are known too."""
+    label = torch.where(p > first, c, label)
+    return torch.maximum(first, p), torch.maximum(second, torch.minimum(first, p)), label
+
+
+def use_compiler():
+    """Compiles what is done per class, from now on. A few seconds at the first call, for any number of classes."""
+    global _ranked, _united_with_one
+    _ranked, _united_with_one = torch.compile(_ranked), torch.compile(_united_with_one, dynamic=False)
 
 
 def offsets(neighborhood, dilation=1, distance_weight=True):
@@ -97,6 +115,14 @@ def refine(
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device. Raises ValueError on options it does not know.
     """
+    options = (neighborhood, neighbors, select, prior, distance_weight, dilation, generator)
+    return torch.stack(list(_refined_planes(prob, *options)), 1)
+
+
+def _refined_planes(
+    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
+):
+    """`refine`, class by class: yields (B,H,W)."""
     if select not in ("max", "min", "random"):
         raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
     if neighbors < 1:
@@ -107,24 +133,51 @@ def refine(
     if prior is not None and prior.shape != (classes,):
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
     grid = offsets(neighborhood, dilation, distance_weight)
+    draw = None
     if select == "random":
-        draw = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
+        draw = torch.rand(len(grid), batch, height, width, generator=generator, device=prob.device)
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a per-class constant. Here: theirs, from this run's labels.
-    floor = None if prior is None else prior.to(prob).view(-1, 1, 1)
+    floors = [None] * classes if prior is None else prior.to(prob).unbind()
+    for p, floor in zip(prob.unbind(1), floors):
+        if neighbors == 1 and draw is None and floor is None:
+            yield _united_with_one(p, grid, select)
+        else:
+            yield _united(p, grid, select, neighbors, floor, draw)
 
-    refined, taken = prob, []
+
+def _united_with_one(p, grid, select):
+    """`_united` with the one largest or smallest neighbor under Eq. 14, of one class: p (B,H,W) -> (B,H,W)."""
+    # p + beta (q - p q) = p + (1 - p) beta q grows with beta q, so that alone has to be compared.
+    extreme, nothing = (torch.maximum, 0.0) if select == "max" else (torch.minimum, torch.inf)
+    reach = max(dy for dy, _, _ in grid)
+    around = F.pad(p, [reach] * 4, value=nothing)
+    best = None
+    for beta in sorted({beta for *_, beta in grid}):
+        q = None
+        for dy, dx in ((dy, dx) for dy, dx, weight in grid if weight == beta):
+            neighbor = around[:, reach + dy :, reach + dx :][:, : p.shape[1], : p.shape[2]]
+            q = neighbor if q is None else extreme(q, neighbor)
+        best = beta * q if best is None else extreme(best, beta * q)
+    if select == "min":
+        best = best.masked_fill(best == nothing, 0)  # no neighbor lies inside the image
+    return torch.addcmul(p, best, 1 - p)
+
+
+def _united(p, grid, select, neighbors, floor, draw):
+    """Eqs. 7-10 and 14-16 as they stand, of one class: p (B,H,W) -> (B,H,W). floor: the class's prior, or None."""
+    refined, taken = p, []
     for _ in range(min(neighbors, len(grid))):
         current, refined = refined, refined.clone()  # stays as it is where no neighbor is left
-        best = prob.new_full((batch, 1 if select == "random" else classes, height, width), -torch.inf)
-        winner = torch.full_like(best, -1, dtype=torch.int8)
+        best = torch.full_like(p, -torch.inf)
+        winner = torch.full_like(p, -1, dtype=torch.int8)
         for i, (dy, dx, beta) in enumerate(grid):
-            pairs = _pairs(height, width, dy, dx)
+            pairs = _pairs(*p.shape[1:], dy, dx)
             if pairs is None:
                 continue
             here, there = pairs
-            p, q = current[here], prob[there]
-            joint = p * (q if floor is None else torch.maximum(q, floor))  # Eq. 14, or 16
-            union = p + beta * (q - joint)  # Eq. 10
+            p_here, q = current[here], p[there]
+            joint = p_here * (q if floor is None else torch.maximum(q, floor))  # Eq. 14, or 16
+            union = p_here + beta * (q - joint)  # Eq. 10
             score = union if select == "max" else -union if select == "min" else draw[i][here]
             for earlier in taken:
                 score = score.masked_fill(earlier[here] == i, -torch.inf)
@@ -220,11 +273,10 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, ref
     """
     if threshold is None:
         threshold = dpa_threshold(confidence(prob, kind), alpha, valid)
-    refined = refine(prob, **options) if refinement else prob
-    conf = confidence(refined, kind)
+    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
+    conf, label = _decide(_refined_planes(prob, **options) if refinement else prob.unbind(1), kind)
     keep = conf > threshold
     if valid is not None:
         keep = keep & valid
-    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
-    label = refined.argmax(1).masked_fill(~keep, IGNORE)
+    label = label.long().masked_fill(~keep, IGNORE)
     return PseudoLabels(label, keep, conf, threshold if torch.is_tensor(threshold) else conf.new_full((), threshold))

@@ -23,7 +23,19 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, training_loader
+from data import (
+    DATASETS,
+    IGNORE,
+    InputError,
+    cutmix,
+    draws,
+    generator,
+    normalize,
+    open_dataset,
+    read,
+    strong_views,
+    training_loader,
+)
 from evaluate import (
     EVAL_MODES,
     Protocol,
@@ -123,7 +135,7 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     """Eqs. 1-3 for one batch, Sec. 3.3 in its own order: (loss, what the log needs).
 
     student, teacher: (B,3,H,W) -> logits (B,C,H,W); batch: see data.TrainingViews; options: of `pseudo_labels`; rng: a
-    NumPy generator for CutMix. batch["truth"] is not touched. The log holds "losses", Eqs. 1, 2 and 3 detached, and where
+    NumPy generator for CutMix. batch["strong"], for "fixmatch", is like batch["weak"]; batch["truth"] is not touched. The log holds "losses", Eqs. 1, 2 and 3 detached, and where
     there are pseudo-labels "prob", the teacher's (B,C,H,W), and "pseudo".
     """
     x, y = normalize(batch["x"]), batch["y"]
@@ -375,6 +387,9 @@ def train(run):
     began = since = time.perf_counter()
     for step, batch in enumerate(loader, first):
         batch = {name: view.to(run.device, non_blocking=True) for name, view in batch.items() if torch.is_tensor(view)}
+        if args.framework == "fixmatch" and step >= args.warmup_steps:
+            numbers = draws(step, args.batch_size, run.rank, run.world)
+            batch["strong"] = strong_views(batch["weak"], args.seed, numbers)
         rng = generator(args.seed, "step", step, run.rank)  # for CutMix, and through the next line for dropout
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:

@@ -149,10 +149,19 @@ def test_scales_and_flips_are_spread_as_promised():
 
 def test_the_strong_view_changes_colors_and_nothing_else():
     weak = random_view(*numbered_image(150, 150), 64, (0.5, 2.0), np.random.default_rng(0))[0]
-    strong = [D.strong_view(weak, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(view.shape == weak.shape and view.dtype == torch.uint8 for view in strong)
+    strong = D.strong_views(torch.stack([weak] * 20), 0, range(20))
+    assert strong.shape == (20, *weak.shape) and strong.dtype == torch.uint8
     assert sum(not torch.equal(view, weak) for view in strong) > 15
-    assert torch.equal(D.strong_view(weak, np.random.default_rng(3)), strong[3])
+    assert torch.equal(D.strong_views(weak[None], 0, [3])[0], strong[3])  # whatever the rest of the batch
+    assert not torch.equal(D.strong_views(weak[None], 1, [3])[0], strong[3])
+
+
+def test_strong_views_leave_the_generator_of_everything_else_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    D.strong_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 0, range(2))
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_mixing_moves_image_and_label_together():
@@ -207,7 +216,7 @@ def test_two_processes_see_together_what_one_sees():
     for step in zip(
         batches(range(3), batch_size=4), batches(range(3), rank=0, world=2), batches(range(3), rank=1, world=2)
     ):
-        for name in ("x", "y", "weak", "strong", "valid", "truth"):
+        for name in ("x", "y", "weak", "valid", "truth"):
             assert torch.equal(step[0][name], torch.cat([step[1][name], step[2][name]]))
 
 

@@ -139,8 +139,8 @@ def test_neighbors_outside_the_image_do_not_exist(select):
 def test_the_prior_raises_the_joint_probability_and_so_lowers_the_union():
     prob = random_prob()
     loose, tight = refine(prob), refine(prob, prior=torch.full((4,), 0.9))
-    assert (tight <= loose).all() and (tight < loose).any()
-    assert torch.equal(refine(prob, prior=torch.zeros(4)), loose)
+    assert (tight <= loose + 1e-6).all() and (tight < loose - 1e-3).any()  # two formulas: rounding
+    torch.testing.assert_close(refine(prob, prior=torch.zeros(4)), loose)
 
 
 def test_confidences_match_their_equations():
