@@ -90,9 +90,9 @@ def predict(model, image, protocol):
 
 def confusion_matrix(prediction, label, num_classes):
     """(C,C) counts, rows truth and columns prediction, over the pixels whose label is not 255."""
-    counted = label != IGNORE
-    pairs = label[counted].long() * num_classes + prediction[counted].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    pairs = label.long() * num_classes + prediction.long()
+    pairs = pairs.masked_fill(label == IGNORE, num_classes**2).flatten()
+    return torch.bincount(pairs, minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
 
 
 def near_contour(label, distance, image_border=True):
@@ -100,14 +100,19 @@ def near_contour(label, distance, image_border=True):
 
     image_border: whether everything outside the image counts as another value.
     """
-    label = label[:, None].float()
+    label = label.to(torch.int16)
     near = torch.zeros_like(label, dtype=torch.bool)
-    for sign in (1, -1):  # the largest, then the smallest value around
-        around = F.pad(sign * label, [distance] * 4, value=1e4 if image_border else -torch.inf)
-        for kernel in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
-            around = F.max_pool2d(around, kernel, stride=1)
-        near |= around != sign * label
-    return near[:, 0]
+    for extreme, outside in ((torch.maximum, 30000), (torch.minimum, -30000)):
+        around = F.pad(label, [distance] * 4, value=outside if image_border else -outside)
+        for dim in (1, 2):  # the extreme of a window, from two overlapping ones of half its size
+            width = 1
+            while width < 2 * distance + 1:
+                step = min(width, 2 * distance + 1 - width)
+                length = around.shape[dim] - step
+                around = extreme(around.narrow(dim, 0, length), around.narrow(dim, step, length))
+                width += step
+        near |= around != label
+    return near
 
 
 def boundary_confusion(prediction, label, num_classes):

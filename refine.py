@@ -27,6 +27,41 @@ import torch.nn.functional as F
 IGNORE = 255
 
 
+CLASSES_AT_ONCE = 4  # of a compiled kernel; more compile longer, fewer write more
+
+
+class _Ranking(NamedTuple):
+    """What is remembered of the classes seen so far, (B,H,W) each, so that never all of them need to exist at once."""
+
+    # topk, argmax and max over the strided class dimension are many times slower.
+    first: torch.Tensor  # the largest probability
+    second: torch.Tensor  # the second largest
+    entropy: torch.Tensor  # negative
+    label: torch.Tensor | None  # the class of the first, float, which vectorizes better; None where nobody asks
+
+    @classmethod
+    def of_nothing(cls, prob, labels):
+        zeros = torch.zeros_like(prob[:, 0])
+        return cls(zeros, zeros, zeros, zeros if labels else None)
+
+    def after(self, p, c, kind):
+        """With class c, whose probabilities are p; of second and entropy only what the kind of confidence needs."""
+        first, second, entropy, label = self
+        if kind == "margin":
+            second = torch.maximum(second, torch.minimum(first, p))
+        if kind == "entropy":
+            entropy = entropy + torch.xlogy(p, p)
+        if label is not None:
+            label = torch.where(p > first, c, label)
+        return _Ranking(torch.maximum(first, p), second, entropy, label)
+
+    def confidence(self, kind):
+        """Eqs. 5, 11, 12 after the last class. Raises ValueError on another kind."""
+        if kind not in ("margin", "max", "entropy"):
+            raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+        return {"margin": self.first - self.second, "max": self.first, "entropy": self.entropy}[kind]
+
+
 def confidence(prob, kind="margin"):
     """Eq. 5 (= 13), 11 or 12: how sure each pixel is of its class.
 
@@ -37,35 +72,10 @@ def confidence(prob, kind="margin"):
     prob (B,C,H,W) -> (B,H,W). Refined probabilities are put into the same formulas, as in Sec. 3.2.2.
     Raises ValueError on another kind.
     """
-    return _decide(prob.unbind(1), kind)[0]
-
-
-def _decide(planes, kind):
-    """(confidence (B,H,W), class (B,H,W)) of probabilities that come class by class, so that never all of them exist."""
-    # topk, argmax and max over the strided class dimension are many times slower.
-    if kind not in ("margin", "max", "entropy"):
-        raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
-    planes = iter(planes)
-    first = next(planes)
-    second, label = torch.zeros_like(first), torch.zeros_like(first, dtype=torch.uint8)
-    entropy = torch.xlogy(first, first) if kind == "entropy" else None
-    for c, p in enumerate(planes, 1):
-        first, second, label = _ranked(first, second, label, p, c)
-        if kind == "entropy":
-            entropy = entropy + torch.xlogy(p, p)
-    return {"margin": first - second, "max": first, "entropy": entropy}[kind], label
-
-
-def _ranked(first, second, label, p, c):
-    """The two largest probabilities so far and the class of the first, after class c's are known too."""
-    label = torch.where(p > first, c, label)
-    return torch.maximum(first, p), torch.maximum(second, torch.minimum(first, p)), label
-
-
-def use_compiler():
-    """Compiles what is done per class, from now on. A few seconds at the first call, for any number of classes."""
-    global _ranked, _united_with_one
-    _ranked, _united_with_one = torch.compile(_ranked), torch.compile(_united_with_one, dynamic=False)
+    ranking = _Ranking.of_nothing(prob, labels=False)
+    for c, p in enumerate(prob.unbind(1)):
+        ranking = ranking.after(p, c, kind)
+    return ranking.confidence(kind)
 
 
 def offsets(neighborhood, dilation=1, distance_weight=True):
@@ -115,14 +125,23 @@ def refine(
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device. Raises ValueError on options it does not know.
     """
-    options = (neighborhood, neighbors, select, prior, distance_weight, dilation, generator)
-    return torch.stack(list(_refined_planes(prob, *options)), 1)
+    plan = _plan(prob, neighborhood, neighbors, select, prior, distance_weight, dilation, generator)
+    return torch.stack([_united(p, floor, plan) for p, floor in zip(prob.unbind(1), plan.floors)], 1)
 
 
-def _refined_planes(
+class _Plan(NamedTuple):
+    """The options of `refine`, looked at and prepared for what is done class by class."""
+
+    grid: list  # of `offsets`; empty where nothing is refined
+    neighbors: int
+    select: str
+    draw: torch.Tensor | None  # (offsets,B,H,W), for "random"
+    floors: list  # by class: its prior, or None
+
+
+def _plan(
     prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
 ):
-    """`refine`, class by class: yields (B,H,W)."""
     if select not in ("max", "min", "random"):
         raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
     if neighbors < 1:
@@ -132,39 +151,21 @@ def _refined_planes(
     batch, classes, height, width = prob.shape
     if prior is not None and prior.shape != (classes,):
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
-    grid = offsets(neighborhood, dilation, distance_weight)
-    draw = None
+    grid, draw = offsets(neighborhood, dilation, distance_weight), None
     if select == "random":
         draw = torch.rand(len(grid), batch, height, width, generator=generator, device=prob.device)
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a per-class constant. Here: theirs, from this run's labels.
     floors = [None] * classes if prior is None else prior.to(prob).unbind()
-    for p, floor in zip(prob.unbind(1), floors):
-        if neighbors == 1 and draw is None and floor is None:
-            yield _united_with_one(p, grid, select)
-        else:
-            yield _united(p, grid, select, neighbors, floor, draw)
+    return _Plan(grid, neighbors, select, draw, list(floors))
 
 
-def _united_with_one(p, grid, select):
-    """`_united` with the one largest or smallest neighbor under Eq. 14, of one class: p (B,H,W) -> (B,H,W)."""
-    # p + beta (q - p q) = p + (1 - p) beta q grows with beta q, so that alone has to be compared.
-    extreme, nothing = (torch.maximum, 0.0) if select == "max" else (torch.minimum, torch.inf)
-    reach = max(dy for dy, _, _ in grid)
-    around = F.pad(p, [reach] * 4, value=nothing)
-    best = None
-    for beta in sorted({beta for *_, beta in grid}):
-        q = None
-        for dy, dx in ((dy, dx) for dy, dx, weight in grid if weight == beta):
-            neighbor = around[:, reach + dy :, reach + dx :][:, : p.shape[1], : p.shape[2]]
-            q = neighbor if q is None else extreme(q, neighbor)
-        best = beta * q if best is None else extreme(best, beta * q)
-    if select == "min":
-        best = best.masked_fill(best == nothing, 0)  # no neighbor lies inside the image
-    return torch.addcmul(p, best, 1 - p)
-
-
-def _united(p, grid, select, neighbors, floor, draw):
-    """Eqs. 7-10 and 14-16 as they stand, of one class: p (B,H,W) -> (B,H,W). floor: the class's prior, or None."""
+def _united(p, floor, plan):
+    """Eqs. 7-10 and 14-16 for one class: p (B,H,W) -> (B,H,W). floor: the class's prior, or None."""
+    grid, neighbors, select, draw, _ = plan
+    if not grid:
+        return p
+    if neighbors == 1 and draw is None and floor is None:
+        return _united_with_one(p, grid, select)
     refined, taken = p, []
     for _ in range(min(neighbors, len(grid))):
         current, refined = refined, refined.clone()  # stays as it is where no neighbor is left
@@ -187,6 +188,24 @@ def _united(p, grid, select, neighbors, floor, draw):
             winner[here] = winner[here].masked_fill(better, i)
         taken.append(winner)
     return refined
+
+
+def _united_with_one(p, grid, select):
+    """The same with the one largest or smallest neighbor, under Eq. 14."""
+    # p + beta (q - p q) = p + (1 - p) beta q grows with beta q, so that alone has to be compared.
+    extreme, nothing = (torch.maximum, 0.0) if select == "max" else (torch.minimum, torch.inf)
+    reach = max(dy for dy, _, _ in grid)
+    around = F.pad(p, [reach] * 4, value=nothing)
+    best = None
+    for beta in sorted({beta for *_, beta in grid}):
+        q = None
+        for dy, dx in ((dy, dx) for dy, dx, weight in grid if weight == beta):
+            neighbor = around[:, reach + dy :, reach + dx :][:, : p.shape[1], : p.shape[2]]
+            q = neighbor if q is None else extreme(q, neighbor)
+        best = beta * q if best is None else extreme(best, beta * q)
+    if select == "min":
+        best = best.masked_fill(best == nothing, 0)  # no neighbor lies inside the image
+    return torch.addcmul(p, best, 1 - p)
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):
@@ -229,26 +248,28 @@ def dpa_threshold(conf, alpha, valid=None):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
     bits = conf.detach().float().reshape(-1, conf.shape[-1] if conf.dim() else 1).view(torch.int32)
-    bits = bits ^ ((bits >> 31) | -(2**31))  # unsigned order of these bits = order of the floats
-    candidate = torch.ones_like(bits, dtype=torch.bool) if valid is None else valid.reshape(bits.shape)
+    bits = bits ^ ((bits >> 31) & (2**31 - 1))  # signed order of these bits = order of the floats
+    count = torch.full((), bits.numel(), device=bits.device)
+    if valid is not None:
+        count = valid.sum()
+        bits = bits.masked_fill(~valid.reshape(bits.shape), 2**31 - 1)  # behind everything that counts
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+    rank = ((count - 1).clamp(min=0).double() * alpha).long()
     one = torch.ones((), dtype=torch.int32, device=bits.device).expand_as(bits)
-    value = torch.zeros((), dtype=torch.long, device=bits.device)
+    value = torch.full((), -128, dtype=torch.int32, device=bits.device)  # the smallest that the first digits can be
     for shift in (24, 16, 8, 0):
-        digit = ((bits >> shift) & 255).masked_fill(~candidate, 256).long()
-        rows = torch.zeros(len(bits), 257, dtype=torch.int32, device=bits.device)
-        histogram = rows.scatter_add_(1, digit, one).sum(0)[:256]
+        # 0: lies below the digits looked at now, 1..256: one of them, 257: above. A histogram per row, because one alone
+        # would be written to from everywhere at once.
+        digit = (bits >> shift).clamp_(value - 1, value + 256).sub_(value - 1).long()
+        rows = torch.zeros(len(bits), 258, dtype=torch.int32, device=bits.device)
+        histogram = rows.scatter_add_(1, digit, one).sum(0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(histogram)
-        if shift == 24:
-            count = histogram.sum()
-            rank = ((count - 1).clamp(min=0).double() * alpha).long()
-        below = histogram.cumsum(0) <= rank  # True on digits that lie wholly below the rank
-        rank = rank - (histogram * below).sum()
-        chosen = below.sum()
-        candidate = digit == chosen
-        value = (value << 8) + chosen
-    value = value.to(torch.int32)
-    value = (value ^ (~(value >> 31) | -(2**31))).view(torch.float32)
+        value = value - 1 + (histogram.cumsum(0) <= rank).sum().int()  # bins that lie wholly below the rank
+        if shift:
+            value = value << 8
+    value = (value ^ ((value >> 31) & (2**31 - 1))).view(torch.float32)
     return torch.where(count > 0, value, torch.inf)
 
 
@@ -261,6 +282,19 @@ class PseudoLabels(NamedTuple):
     threshold: torch.Tensor  # 0-d
 
 
+def _both_after(raw, refined, prob, c, plan, kind):
+    """The raw and the refined ranking after the classes c, c+1, ... of prob."""
+    for i, (p, floor) in enumerate(zip(prob.unbind(1), plan.floors)):
+        raw, refined = raw.after(p, c, kind), refined.after(_united(p, floor, plan), c + i, kind)
+    return raw, refined
+
+
+def use_compiler():
+    """Compiles `pseudo_labels` from now on: half a minute at the first call, for any number of classes."""
+    global _both_after
+    _both_after = torch.compile(_both_after, dynamic=False)
+
+
 @torch.no_grad()
 def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, refinement=True, **options):
     """Eq. 4 with Sec. 3.2.2: the threshold comes from the raw probabilities, the decision from the refined ones.
@@ -271,12 +305,20 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, ref
     padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then;
     refinement=False leaves Eqs. 7-10 out; options: those of `refine`. Returns PseudoLabels.
     """
+    plan = _plan(prob, **options)
+    if not refinement:
+        plan = plan._replace(grid=[])
+    raw, refined = _Ranking.of_nothing(prob, labels=False), _Ranking.of_nothing(prob, labels=True)
+    zero = torch.zeros((), device=prob.device)
+    for c in range(0, prob.shape[1], CLASSES_AT_ONCE):
+        some = slice(c, c + CLASSES_AT_ONCE)
+        raw, refined = _both_after(raw, refined, prob[:, some], zero + c, plan._replace(floors=plan.floors[some]), kind)
     if threshold is None:
-        threshold = dpa_threshold(confidence(prob, kind), alpha, valid)
-    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
-    conf, label = _decide(_refined_planes(prob, **options) if refinement else prob.unbind(1), kind)
+        threshold = dpa_threshold(raw.confidence(kind), alpha, valid)
+    conf = refined.confidence(kind)
     keep = conf > threshold
     if valid is not None:
         keep = keep & valid
-    label = label.long().masked_fill(~keep, IGNORE)
+    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
+    label = refined.label.long().masked_fill(~keep, IGNORE)
     return PseudoLabels(label, keep, conf, threshold if torch.is_tensor(threshold) else conf.new_full((), threshold))

@@ -51,7 +51,7 @@ from evaluate import (
     table,
 )
 from model import BACKBONES, DeepLabV3Plus, average_batchnorm, ema_teacher
-from refine import dpa_alpha, neighbor_agreement, pseudo_labels
+from refine import dpa_alpha, neighbor_agreement, pseudo_labels, use_compiler
 
 # What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
 ANY = ("cpu", "cuda")
@@ -245,6 +245,7 @@ class Run:
             self.student = DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.compile:
             self.student, self.predict = torch.compile(self.student), torch.compile(self.teacher)
+            use_compiler()
 
     def find_checkpoint(self):
         """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
@@ -544,7 +545,7 @@ def run_arguments(add):
     """How and where."""
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
     add("--amp", action=SWITCH, help="bfloat16 autocast; default: on CUDA")
-    add("--compile", action=SWITCH, default=False, help="torch.compile the networks")
+    add("--compile", action=SWITCH, default=False, help="torch.compile the networks and the pseudo-labels")
     add(
         "--deterministic",
         action=SWITCH,

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +292,19 @@ def test_refine_py_works_alone(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )
     assert done.stdout.strip() == "torch.Size([1, 4, 4])", done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the compiler of torch.compile needs g++")
+def test_compiled_pseudo_labels_are_the_same():
+    """In a process of its own, because the compiler stays on."""
+    code = """
+import torch, refine
+prob = torch.randn(2, 11, 20, 23, generator=torch.Generator().manual_seed(0)).softmax(1)
+plain = refine.pseudo_labels(prob, 0.3)
+refine.use_compiler()
+compiled = refine.pseudo_labels(prob, 0.3)
+torch.testing.assert_close(compiled.confidence, plain.confidence)
+assert (compiled.label == plain.label).float().mean() > 0.99 and (plain.label != 255).float().mean() > 0.6
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

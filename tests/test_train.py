@@ -18,8 +18,9 @@ from torch import nn
 
 import evaluate as E
 import train as T
-from data import InputError
+from data import InputError, strong_views
 from evaluate import pseudo_label_figures, refinement_options, stop_on_input_error
+from model import DeepLabV3Plus, ema_teacher
 from refine import pseudo_labels
 
 ROOT = Path(__file__).parent.parent
@@ -559,3 +560,30 @@ def test_a_few_steps_on_a_gpu(tmp_path):
         "train.py", "--crop", 64, "--workers", 0, "--device", "cuda", "--iters", 3, "--warmup-epochs", 0, "--out", out
     )
     assert math.isfinite(lines(out, "train")[-1]["loss"]) and lines(out, "train")[-1]["peak_memory_gib"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch"])
+def test_no_step_waits_for_the_gpu(framework):
+    device, rng = torch.device("cuda"), np.random.default_rng(0)
+    student = DeepLabV3Plus("resnet10", 3).to(device, memory_format=torch.channels_last).train()
+    teacher = ema_teacher(student)
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, fused=True)
+    batch = {name: value.to(device) for name, value in little_batch(size=64).items()}
+
+    def step(number):
+        batch["strong"] = strong_views(batch["weak"], 0, range(4))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = T.training_losses(student, teacher, batch, number, arguments(framework=framework), {}, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        teacher.update_parameters(student)
+
+    step(1)  # constants are copied, algorithms are chosen
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 5):
+            step(number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
