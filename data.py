@@ -410,16 +410,15 @@ def read(item, data):
         raise InputError(
             f"mask {item.mask} is {mask.width} x {mask.height}, its image {image.width} x {image.height}; expected the same size"
         )
-    stored = np.asarray(mask)
     values = next(values for ending, values in data.values.items() if item.mask.stem.endswith(ending))
-    classes = values[stored]
-    if (classes == 254).any():
-        wrong = sorted(set(stored[classes == 254].tolist()))
+    classes = mask.point(values.tolist())
+    if classes.histogram()[254]:
+        wrong = [value for value, pixels in enumerate(mask.histogram()) if pixels and values[value] == 254]
         raise InputError(
             f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected "
             f"0 to {np.flatnonzero(values[:255] != 254).max()}, and 255 for pixels to ignore"
         )
-    return image, Image.fromarray(classes)
+    return image, classes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
