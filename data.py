@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes, SBDataset, VOCSegmentation
 from torchvision.datasets.utils import check_integrity, extract_archive
@@ -381,13 +381,17 @@ def labeled_ids(name, train_ids, labeled, lists):
 
 
 def _decode(path, mode):
-    """The file's pixels: an RGB image, or a mask of indices as they are stored. Raises InputError."""
+    """The file's pixels: an upright RGB image, or a mask of indices as they are stored. Raises InputError."""
     try:
         with Image.open(path) as image:
             stored = image.mode
-            image = image.convert("RGB") if mode == "RGB" else image.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = ImageOps.exif_transpose(image).convert("RGB") if mode == "RGB" else image.copy()
+    except Exception as error:  # Pillow raises many kinds, all of them the file's fault
         raise InputError(f"{path} could not be read ({error}); replace the file or take its id off the list") from error
+    if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
+        raise InputError(
+            f"{path} is a {stored} image, with more than 8 bits per pixel; convert it to 8 bits per channel"
+        )
     if mode != "RGB" and stored not in ("L", "P"):
         raise InputError(f"mask {path} is a {stored} image; expected one class index per pixel, 8 bits, L or P")
     return image

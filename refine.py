@@ -27,41 +27,6 @@ import torch.nn.functional as F
 IGNORE = 255
 
 
-CLASSES_AT_ONCE = 4  # of a compiled kernel; more compile longer, fewer write more
-
-
-class _Ranking(NamedTuple):
-    """What is remembered of the classes seen so far, (B,H,W) each, so that never all of them need to exist at once."""
-
-    # topk, argmax and max over the strided class dimension are many times slower.
-    first: torch.Tensor  # the largest probability
-    second: torch.Tensor  # the second largest
-    entropy: torch.Tensor  # negative
-    label: torch.Tensor | None  # the class of the first, float, which vectorizes better; None where nobody asks
-
-    @classmethod
-    def of_nothing(cls, prob, labels):
-        zeros = torch.zeros_like(prob[:, 0])
-        return cls(zeros, zeros, zeros, zeros if labels else None)
-
-    def after(self, p, c, kind):
-        """With class c, whose probabilities are p; of second and entropy only what the kind of confidence needs."""
-        first, second, entropy, label = self
-        if kind == "margin":
-            second = torch.maximum(second, torch.minimum(first, p))
-        if kind == "entropy":
-            entropy = entropy + torch.xlogy(p, p)
-        if label is not None:
-            label = torch.where(p > first, c, label)
-        return _Ranking(torch.maximum(first, p), second, entropy, label)
-
-    def confidence(self, kind):
-        """Eqs. 5, 11, 12 after the last class. Raises ValueError on another kind."""
-        if kind not in ("margin", "max", "entropy"):
-            raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
-        return {"margin": self.first - self.second, "max": self.first, "entropy": self.entropy}[kind]
-
-
 def confidence(prob, kind="margin"):
     """Eq. 5 (= 13), 11 or 12: how sure each pixel is of its class.
 
@@ -192,7 +157,7 @@ def _united(p, floor, plan):
 
 def _united_with_one(p, grid, select):
     """The same with the one largest or smallest neighbor, under Eq. 14."""
-    # p + beta (q - p q) = p + (1 - p) beta q grows with beta q, so that alone has to be compared.
+    # Eq. 10 is p + beta (q - p q) = p + (1 - p) beta q; it grows with beta q, so that alone has to be compared.
     extreme, nothing = (torch.maximum, 0.0) if select == "max" else (torch.minimum, torch.inf)
     reach = max(dy for dy, _, _ in grid)
     around = F.pad(p, [reach] * 4, value=nothing)
@@ -280,6 +245,41 @@ class PseudoLabels(NamedTuple):
     keep: torch.Tensor  # (B,H,W) bool, True on pixels that are trained on
     confidence: torch.Tensor  # (B,H,W), after refinement
     threshold: torch.Tensor  # 0-d
+
+
+CLASSES_AT_ONCE = 4  # of a compiled kernel; more compile longer, fewer write more
+
+
+class _Ranking(NamedTuple):
+    """What is remembered of the classes seen so far, (B,H,W) each, so that never all of them need to exist at once."""
+
+    # topk, argmax and max over the strided class dimension are many times slower.
+    first: torch.Tensor  # the largest probability
+    second: torch.Tensor  # the second largest
+    entropy: torch.Tensor  # negative
+    label: torch.Tensor | None  # the class of the first, float, which vectorizes better; None where nobody asks
+
+    @classmethod
+    def of_nothing(cls, prob, labels):
+        zeros = torch.zeros_like(prob[:, 0])
+        return cls(zeros, zeros, zeros, zeros if labels else None)
+
+    def after(self, p, c, kind):
+        """With class c, whose probabilities are p; of second and entropy only what the kind of confidence needs."""
+        first, second, entropy, label = self
+        if kind == "margin":
+            second = torch.maximum(second, torch.minimum(first, p))
+        if kind == "entropy":
+            entropy = entropy + torch.xlogy(p, p)
+        if label is not None:
+            label = torch.where(p > first, c, label)
+        return _Ranking(torch.maximum(first, p), second, entropy, label)
+
+    def confidence(self, kind):
+        """Eqs. 5, 11, 12 after the last class. Raises ValueError on another kind."""
+        if kind not in ("margin", "max", "entropy"):
+            raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+        return {"margin": self.first - self.second, "max": self.first, "entropy": self.entropy}[kind]
 
 
 def _both_after(raw, refined, prob, c, plan, kind):

@@ -12,8 +12,11 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from data import (
     IGNORE,
     InputError,
     cutmix,
+    drawn,
     draws,
     generator,
     normalize,
@@ -237,7 +241,7 @@ class Run:
         )
         self.prior = class_prior(self.data, args.neighborhood).to(self.device) if args.prior else None
         self.options = refinement_options(vars(args), self.prior)
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.saved = 0, -math.inf, time.monotonic()
         if checkpoint:
             self.restore(checkpoint)
         self.student, self.predict = self.model.train(), self.teacher
@@ -250,6 +254,8 @@ class Run:
     def find_checkpoint(self):
         """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
         last = self.out / "last.pth"
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts goes on by itself
+            self.args.resume = True
         if (self.out / "args.json").exists() and not self.args.resume:
             raise InputError(
                 f"{self.out} already holds a run; continue it with --resume, or choose another folder with --out"
@@ -267,7 +273,8 @@ class Run:
         if changed:
             difference = ", ".join(f"{name} was {saved.get(name)} and is {now[name]}" for name in changed)
             raise InputError(
-                f"--resume: in {self.out}, {difference}; expected the same arguments, or another --out for another run"
+                f"--resume: in {self.out}, {difference}; expected the same arguments, because schedules and randomness "
+                "follow from them, or another --out for another run"
             )
         return checkpoint
 
@@ -297,14 +304,31 @@ class Run:
 
     def save(self, name):
         """Writes a checkpoint aside and renames it, so that no moment leaves a broken one. Plain values and tensors only."""
+        self.check_weights()
         state = {
             "step": self.step, "best": self.best, "args": vars(self.args), "classes": list(self.data.classes),
             "labeled": [item.id for item in self.data.labeled],
             "prior": self.prior, "student": self.model.state_dict(), "teacher": self.teacher.module.state_dict(),
             "updates": int(self.teacher.n_averaged), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        torch.save(state, self.out / f"{name}.tmp")
-        os.replace(self.out / f"{name}.tmp", self.out / name)
+        aside = self.out / f"{name}.tmp"
+        try:
+            torch.save(state, aside)
+            os.replace(aside, self.out / name)
+        except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into RuntimeError
+            aside.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.out / name} could not be written ({reason}), {self.last_good()}; make room, then use --resume"
+            ) from error
+        self.saved = time.monotonic()
+
+    def check_weights(self):
+        """Raises InputError where a weight is not finite, so that no such checkpoint is written or scored."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise InputError(
+                f"step {self.step} left weights that are not finite, {self.last_good()}; lower --lr and --head-lr"
+            )
 
     def last_good(self):
         """Half a sentence about last.pth."""
@@ -343,18 +367,24 @@ class Run:
         losses = (losses / self.world).tolist()
         for step, (loss, *_) in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
+                rate = learning_rate(step - 1, self.args.iters, self.args.lr, self.args.power)
                 raise InputError(
-                    f"the loss of step {step} is {loss}, training stopped, {self.last_good()}; lower --lr and --head-lr"
+                    f"the loss of step {step} is {loss}, at --lr {rate:.3g} with the images {', '.join(self.seen(step))}; "
+                    f"training stopped, {self.last_good()}; look at these images, or lower --lr and --head-lr"
                 )
         return [sum(column) / len(losses) for column in zip(*losses)]
+
+    def seen(self, step):
+        """The ids of the batches of all processes in a step, 1 the first; from the seed, as the loader draws them."""
+        supervised = self.args.framework == "supervised" or step <= self.args.warmup_steps
+        streams = [("order_x", self.data.labeled)] + [("order_u", self.data.unlabeled)] * (not supervised)
+        numbers = draws(step - 1, self.args.batch_size * self.world)
+        return [drawn(items, self.args.seed, stream, number).id for stream, items in streams for number in numbers]
 
     def evaluate(self):
         """Scores the teacher, saves last.pth and perhaps best.pth, draws the panel. Returns the scores."""
         args, data = self.args, self.data
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            raise InputError(
-                f"step {self.step} left weights that are not finite, {self.last_good()}; lower --lr and --head-lr"
-            )
+        self.check_weights()
         protocol = Protocol(args.eval_mode, args.crop)
         result = evaluate(self.teacher, data, data.val, self.device, protocol, args.workers, self.rank, self.world)
         if result["miou"] is None:
@@ -376,8 +406,29 @@ class Run:
         return result
 
 
+@contextmanager
+def noticed_signals():
+    """Yields a list that SIGTERM and SIGINT are appended to, in place of ending the process at once."""
+    noticed = []
+    before = {
+        number: signal.signal(number, lambda number, _: noticed.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield noticed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(run):
-    """The loop: from run.step to --iters."""
+    """The loop: from run.step to --iters. SIGTERM and SIGINT save a checkpoint and end it with 128 + their number."""
+    with noticed_signals() as noticed:
+        steps(run, noticed)
+
+
+def steps(run, noticed):
+    """See `train`."""
     args, optimizer = run.args, run.optimizer
     loader = training_loader(
         run.data, range(run.step, args.iters), args.batch_size, args.crop, args.framework, args.seed,
@@ -416,6 +467,12 @@ def train(run):
             if run.rank == 0:
                 seconds_per_step = (since - began - paused) / (run.step - first)
                 print(progress(record, args, seconds_per_step * (args.iters - run.step)), flush=True)
+        if run.rank == 0 and (noticed or time.monotonic() - run.saved > 60 * args.save_every):
+            run.save("last.pth")
+        if run.rank == 0 and noticed:  # the other processes end with this one
+            name = signal.Signals(noticed[0]).name
+            print(f"{name}: saved step {run.step} to {run.out / 'last.pth'}; continue with --resume", file=sys.stderr)
+            sys.exit(128 + noticed[0])
         if evaluating:
             result = run.evaluate()
             paused += time.perf_counter() - since
@@ -429,7 +486,18 @@ def train(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # arguments
 
-MAY_CHANGE = {"resume", "out", "root", "splits", "workers", "device", "log_every", "eval_every", "compile"}
+MAY_CHANGE = {
+    "resume",
+    "out",
+    "root",
+    "splits",
+    "workers",
+    "device",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "compile",
+}
 
 
 def fill_presets(args, device):
@@ -556,6 +624,7 @@ def run_arguments(add):
     add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint")
     add("--eval-mode", choices=EVAL_MODES, help="at original size, in sliding windows of --crop, or its center crop")
     add("--log-every", type=COUNT, help="steps between log lines")
+    add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 

@@ -1,5 +1,9 @@
 """data.py: the drawn dataset, partitions, views, mixing, and what it says about bad input."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -318,3 +322,63 @@ def test_a_crop_that_no_image_can_fill_is_refused(tmp_path):
     ):
         training_loader(data, range(1), 2, 81, "fixmatch", 0)
     assert len(training_loader(data, range(1), 2, 80, "fixmatch", 0)) == 1
+
+
+def mutated(path, rng):
+    """Writes one odd or broken image of 40 x 30 pixels. Returns whether it must load, or None where it may."""
+    image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    kind = rng.integers(10)
+    if kind < 4:
+        image.save(content, ("JPEG", "PNG")[kind % 2])
+        content = content.getvalue()
+        place = int(rng.integers(1, len(content) - 1))
+        if kind < 2:
+            path.write_bytes(content[:place])  # a JPEG that lacks its last bytes alone may still be whole
+            return None
+        noise = rng.integers(0, 256, 8, dtype=np.uint8).tobytes()
+        path.write_bytes(content[:place] + noise + content[place + 8 :])
+        return None
+    if kind == 4:
+        path.write_bytes(b"\0" * int(rng.integers(0, 300)))
+        return False
+    if kind == 5:
+        Image.fromarray(rng.integers(0, 65535, (30, 40)).astype(np.uint16)).save(path, "PNG")
+        return False
+    if kind == 6:  # a header that promises ten thousand million pixels
+        image.save(content, "PNG")
+        header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content.getvalue()[24:29]
+        path.write_bytes(
+            content.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + content.getvalue()[33:]
+        )
+        return False
+    if kind == 7:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored lying on its side
+        image.transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=exif)
+    elif kind == 8:
+        image.convert("CMYK").save(path, "JPEG")
+    else:
+        image.convert(("RGBA", "LA", "L", "1")[rng.integers(4)]).save(path, "PNG")
+    return True
+
+
+def test_three_hundred_odd_and_broken_files_load_right_or_are_named(tmp_path, capsys):
+    root, rng = camvid(tmp_path, train=1), np.random.default_rng(0)
+    verdicts = {}
+    for i in range(300):
+        path = root / "train" / f"odd{i:03d}{('.jpg', '.png')[rng.integers(2)]}"  # the suffix says nothing
+        must = mutated(path, rng)
+        try:
+            loads = D.read_image(Item(path.stem, path, None)).size == (40, 30)
+            assert loads or must is None
+        except InputError as error:
+            assert str(path) in str(error)
+            loads = False
+        assert must in (None, loads), path
+        verdicts[path.stem] = loads
+    assert 60 < sum(verdicts.values()) < 240
+    (tmp_path / "list.txt").write_text("train0\n")
+    with pytest.raises(InputError) as stop:
+        D.main(["check", "--dataset", "camvid", "--root", str(root), "--labeled", str(tmp_path / "list.txt")])
+    assert all((stem in str(stop.value)) != loads for stem, loads in verdicts.items())

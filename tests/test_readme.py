@@ -57,3 +57,9 @@ def test_a_cell_of_the_tables_names_a_published_list(arguments):
     args = train.parse_args(list(arguments))
     train.fill_presets(args, torch.device("cuda"))
     assert (data.SPLITS / args.dataset / f"{args.labeled}.txt").is_file() and args.epochs == 80
+
+
+def test_the_tests_behind_the_promises_exist():
+    named = re.findall(r"`(test_\w+)` \|$", README, re.M)
+    sources = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(named) >= 9 and all(f"def {name}(" in sources for name in named)

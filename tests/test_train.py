@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from test_data import camvid
 from torch import nn
 
@@ -428,6 +431,139 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatc
     assert [r["step"] for r in lines(tmp_path / "broken", "val")] == [2, 4, 5]
 
 
+LONG = [
+    *TINY,
+    "--labeled",
+    2,
+    "--iters",
+    12,
+    "--warmup-epochs",
+    0,
+    "--eval-every",
+    1,
+    "--log-every",
+    1,
+    "--dataset",
+    "camvid",
+]
+
+
+def started(out, *arguments, launcher=()):
+    """A run in a process of its own; its lines come through stdout."""
+    command = [sys.executable, *launcher, ROOT / "train.py", *LONG, "--out", out, *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
+
+
+def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(tmp_path, camvid_root):
+    whole = run(tmp_path / "whole", *LONG, "--root", camvid_root)
+    out = tmp_path / "killed"
+    for when, workers in ((3, 0), (8, 1)):  # in the middle of passes over the four unlabeled images
+        process = started(out, "--root", camvid_root, "--save-every", 0, "--resume", "--workers", workers)
+        wait_for(process, f"step {when:>2}/12")
+        process.kill()
+        process.wait()
+        assert torch.load(out / "last.pth", weights_only=True)["step"] >= when - 1
+    resumed = run(out, *LONG, "--root", camvid_root, "--resume")
+    assert equal_states(whole, resumed) and [r["step"] for r in lines(out, "train")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_a_checkpoint_and_says_so_in_the_exit_code(tmp_path, camvid_root, number):
+    process = started(tmp_path / "run", "--root", camvid_root, "--workers", 1)
+    wait_for(process, "step  3/12")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
+    assert process.returncode == 128 + number and step >= 3
+    assert f"{number.name}: saved step {step} to " in said and "continue with --resume" in said
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
+    before = (tmp_path / "last.pth").read_bytes()
+    going_on = T.Run(T.parse_args([*TINY, "--out", str(tmp_path), "--iters", "1", "--warmup-epochs", "0", "--resume"]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(
+            InputError, match=r"last\.pth could not be written \(.*last.pth is the last good checkpoint; make"
+        ):
+            going_on.save("last.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "last.pth").read_bytes() == before and not (tmp_path / "last.pth.tmp").exists()
+
+
+class Tiny(nn.Module):
+    """Stands in for DeepLabV3Plus where only the loop is looked at."""
+
+    def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, x):
+        return self.head(self.backbone(x).relu())
+
+
+def test_memory_and_open_files_stay_as_they_are_over_two_thousand_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "DeepLabV3Plus", Tiny)
+    monkeypatch.setattr("data.SHAPES_VAL", 2)
+    seen, log = [], T.Run.log
+
+    def measured(self, *args):
+        record = log(self, *args)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((record["step"], pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))))
+        return record
+
+    monkeypatch.setattr(T.Run, "log", measured)
+    run(tmp_path, "--iters", 2000, "--warmup-epochs", 0, "--log-every", 100, "--eval-every", 100)
+    settled = [(mib, handles) for step, mib, handles in seen if step >= 600]  # until then drawn images are kept
+    assert len(settled) == 15 and settled[-1][0] - settled[0][0] < 8 and len({handles for _, handles in settled}) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--labeled", 1], ["--labeled", 1, "--batch-size", 8], ["--batch-size", 1], ["--batch-size", 1, "--framework", "cutmixseg"],
+        ["--labeled", 5, "--batch-size", 8],
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)  # fmt: skip
+def test_few_images_and_little_batches_train(tmp_path, monkeypatch, camvid_root, options):
+    tree = ["--dataset", "camvid", "--root", camvid_root, "--labeled", 2]
+    run(tmp_path, *tree, "--iters", 2, "--warmup-epochs", 0, "--log-every", 1, *options)
+    assert all(math.isfinite(record["loss"]) for record in lines(tmp_path, "train"))
+
+
+def test_masks_without_a_single_label_and_of_one_class_train(tmp_path):
+    root = camvid(tmp_path / "camvid", train=4, val=2, size=(64, 48))
+    for i, value in enumerate((255, 3)):
+        Image.fromarray(np.full((48, 64), value, np.uint8)).save(root / "trainannot" / f"train{i}.png")
+    (tmp_path / "list.txt").write_text("train0\ntrain1\n")
+    common = ["--dataset", "camvid", "--root", root, "--iters", 3, "--warmup-epochs", 0, "--log-every", 1]
+    run(tmp_path / "run", *common, "--labeled", tmp_path / "list.txt")
+    assert all(math.isfinite(record["loss"]) for record in lines(tmp_path / "run", "train"))
+
+
+def test_more_processes_than_images_score_the_same(tmp_path):
+    root = camvid(tmp_path / "camvid", train=3, val=1, size=(64, 48))
+    out = tmp_path / "run"
+    run(out, "--dataset", "camvid", "--root", root, "--labeled", 1, "--iters", 1, "--warmup-epochs", 0)
+    script("evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu", launcher=TWO_PROCESSES)
+    assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(lines(out, "val")[-1]["iou"])
+
+
 def test_the_seed_alone_decides_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("data.SHAPES_VAL", 1)
     one, two, other = (
@@ -446,7 +582,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
     monkeypatch.setattr(T, "training_losses", poisoned)
     with pytest.raises(
-        InputError, match="the loss of step 3 is nan, training stopped, .*last.pth is the last good checkpoint"
+        InputError,
+        match=r"the loss of step 3 is nan, at --lr 0.0\d+ with the images (train\d, ){3}train\d; training stopped, .*last.pth is the last",
     ):
         run(
             tmp_path,
