@@ -254,8 +254,6 @@ class Run:
     def find_checkpoint(self):
         """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
         last = self.out / "last.pth"
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts goes on by itself
-            self.args.resume = True
         if (self.out / "args.json").exists() and not self.args.resume:
             raise InputError(
                 f"{self.out} already holds a run; continue it with --resume, or choose another folder with --out"
@@ -467,16 +465,17 @@ def steps(run, noticed):
             if run.rank == 0:
                 seconds_per_step = (since - began - paused) / (run.step - first)
                 print(progress(record, args, seconds_per_step * (args.iters - run.step)), flush=True)
+        if evaluating:
+            result = run.evaluate()
+            paused += time.perf_counter() - since
+            since = time.perf_counter()
+        # After an evaluation, never before it: a run that is resumed would leave it out.
         if run.rank == 0 and (noticed or time.monotonic() - run.saved > 60 * args.save_every):
             run.save("last.pth")
         if run.rank == 0 and noticed:  # the other processes end with this one
             name = signal.Signals(noticed[0]).name
             print(f"{name}: saved step {run.step} to {run.out / 'last.pth'}; continue with --resume", file=sys.stderr)
             sys.exit(128 + noticed[0])
-        if evaluating:
-            result = run.evaluate()
-            paused += time.perf_counter() - since
-            since = time.perf_counter()
     if run.rank == 0:
         last = run.out / "last.pth"
         print(table(result) if result else f"nothing to do: {last} is at step {first} of {args.iters}")

@@ -293,21 +293,8 @@ def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
 def finished(tmp_path_factory, camvid_root):
     """The last checkpoint of a short run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    run(
-        out,
-        "--dataset",
-        "camvid",
-        "--root",
-        camvid_root,
-        "--labeled",
-        2,
-        "--iters",
-        3,
-        "--warmup-epochs",
-        0,
-        "--log-every",
-        1,
-    )
+    options = ["--labeled", 2, "--iters", 3, "--warmup-epochs", 0, "--log-every", 1]
+    run(out, "--dataset", "camvid", "--root", camvid_root, *options)
     return out / "last.pth"
 
 
