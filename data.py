@@ -14,6 +14,7 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 import argparse
 import http.client
 import os
+import re
 import sys
 import time
 import urllib.request
@@ -21,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
+from mmap import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -380,8 +382,13 @@ def labeled_ids(name, train_ids, labeled, lists):
 # reading
 
 
+_OPENED, _ROOM = mmap(-1, 2**18), 2**9  # by process id: the last file that it opened, for when a worker has died
+
+
 def _decode(path, mode):
     """The file's pixels: an upright RGB image, or a mask of indices as they are stored. Raises InputError."""
+    place = os.getpid() * _ROOM % len(_OPENED)
+    _OPENED[place : place + _ROOM] = os.fsencode(path)[-_ROOM:].ljust(_ROOM, b"\0")
     try:
         with Image.open(path) as image:
             stored = image.mode
@@ -395,6 +402,19 @@ def _decode(path, mode):
     if mode != "RGB" and stored not in ("L", "P"):
         raise InputError(f"mask {path} is a {stored} image; expected one class index per pixel, 8 bits, L or P")
     return image
+
+
+def dead_worker(error):
+    """The sentence about a loader's worker that died, from the RuntimeError that PyTorch raises then; None for another error."""
+    died = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)[^)]*\) (.*)", str(error))
+    if not died:
+        return None
+    place = int(died[1]) * _ROOM % len(_OPENED)
+    file = os.fsdecode(_OPENED[place : place + _ROOM].rstrip(b"\0")) or "none"
+    return (
+        f"a loader worker died ({died[2].strip(' .')}); the last file it opened is {file}; look at that file, and whether "
+        "memory lasts for --workers"
+    )
 
 
 def read_image(item):
@@ -573,6 +593,20 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
     views = TrainingViews(data, crop, framework, seed)
     batches = [draws(t, batch_size, rank, world) for t in steps]
     return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+
+
+def batches(loader):
+    """What the loader gives. A worker that dies is a RuntimeError that `dead_worker` understands."""
+    iterator = iter(loader)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError):  # the worker died while it was handing something over
+            time.sleep(5)  # until PyTorch hears of it, and raises its own error
+            raise
+        yield batch
 
 
 class EvaluationImages(Dataset):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.distributed.rendezvous import rendezvous
 from torchvision.utils import draw_segmentation_masks
 
-from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
+from data import IGNORE, InputError, batches, dead_worker, evaluation_loader, normalize, open_dataset, palette
 from model import DeepLabV3Plus
 from refine import confidence, dpa_alpha, pseudo_labels, refine
 
@@ -153,7 +155,7 @@ def scores(confusion, boundaries, classes):
 
 def images_to_predict(data, items, protocol, workers, rank, world):
     """(image, truth) of this process's items as `evaluation_loader` gives them; of the center crop, their center."""
-    for image, label in evaluation_loader(data, items, workers, rank, world):
+    for image, label in batches(evaluation_loader(data, items, workers, rank, world)):
         if protocol.eval_mode == "center-crop":
             top, left = (max(side - protocol.crop, 0) // 2 for side in label.shape[-2:])
             view = (..., slice(top, top + protocol.crop), slice(left, left + protocol.crop))
@@ -518,24 +520,30 @@ def start_processes(wanted):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Within one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
+        store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
 def stop_on_input_error(main):
-    """Runs main; an InputError, also one of a loader's worker, or a file's error ends the program with its sentence alone."""
-    sentence = None
+    """Runs main; what the user can mend, also what stopped a loader's worker, ends the program with its sentence alone."""
+    end = None
     try:
         main()
+    except SystemExit as error:
+        end = error.code
     except InputError as error:
-        sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        end = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
     except OSError as error:
-        sentence = str(error)
-    finally:
-        if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
-            dist.destroy_process_group()
-    if sentence:
-        sys.exit(f"{Path(sys.argv[0]).name}: {sentence}")
+        end = str(error)
+    except RuntimeError as error:
+        end = dead_worker(error) or traceback.format_exc()
+    if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
+        dist.destroy_process_group()
+    sys.exit(f"{Path(sys.argv[0]).name}: {end}" if isinstance(end, str) else end)
 
 
 def number(kind, low, high=math.inf, above=False):

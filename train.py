@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from data import (
     DATASETS,
     IGNORE,
     InputError,
+    batches,
     cutmix,
     drawn,
     draws,
@@ -215,6 +217,8 @@ class Run:
         self.rank, self.world, self.device = start_processes(args.device)
         fill_presets(args, self.device)
         self.args, self.out = args, Path(args.out)
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts, after a process died
+            args.resume = True
         use = ("labeled", "val") if args.framework == "supervised" else ("labeled", "unlabeled", "val")
         self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use)
         resolve_lengths(args, self.data, self.device, self.world)
@@ -242,6 +246,7 @@ class Run:
         self.prior = class_prior(self.data, args.neighborhood).to(self.device) if args.prior else None
         self.options = refinement_options(vars(args), self.prior)
         self.step, self.best, self.saved = 0, -math.inf, time.monotonic()
+        self.losses, self.arriving = [], deque()
         if checkpoint:
             self.restore(checkpoint)
         self.student, self.predict = self.model.train(), self.teacher
@@ -273,6 +278,11 @@ class Run:
             raise InputError(
                 f"--resume: in {self.out}, {difference}; expected the same arguments, because schedules and randomness "
                 "follow from them, or another --out for another run"
+            )
+        if checkpoint["labeled"] != [item.id for item in self.data.labeled]:
+            raise InputError(
+                f"--resume: {self.out} was trained with {len(checkpoint['labeled'])} labeled images, and "
+                f"{len(self.data.labeled)} others are there now; expected the same ones, or another --out for another run"
             )
         return checkpoint
 
@@ -338,39 +348,49 @@ class Run:
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def log(self, losses, log, batch, seconds):
-        """One training line: means since the last one, figures of the last batch. Waits for the device; stops on NaN."""
+    def log(self, log, batch, seconds):
+        """One training line: means since the last one, figures of the last batch. Waits for the device."""
         args = self.args
         record = {"event": "train", "step": self.step, "epoch": self.step / args.steps_per_epoch}
         record["lr"] = self.optimizer.param_groups[0]["lr"]
-        record["loss"], record["loss_x"], loss_u = self.finite(losses)
+        record["loss"], record["loss_x"], loss_u = torch.stack(self.losses).mean(0).tolist()
+        self.look_at_losses()
         if "pseudo" in log:
             record["loss_u"] = loss_u
             record["alpha"] = dpa_alpha(self.step - 1, args.iters, args.alpha0)
             record |= pseudo_label_figures(log["prob"], log["pseudo"], batch, self.options)
-        record["seconds_per_step"] = seconds / len(losses)
+        record["seconds_per_step"] = seconds / len(self.losses)
         images = args.batch_size * self.world * (2 if "pseudo" in log else 1)
         record["images_per_second"] = images / record["seconds_per_step"]
         if self.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.rank == 0:
             self.write(record)
+        self.losses.clear()
         return record
 
-    def finite(self, losses):
-        """(loss, loss_x, loss_u), means over the steps and processes. Raises InputError where a loss is not finite."""
-        losses = torch.stack(losses)  # (steps, 3)
+    def note(self, losses):
+        """Takes down (loss, loss_x, loss_u) of the step in work, means over the processes; nothing waits for the device."""
         if self.world > 1:
             dist.all_reduce(losses)
-        losses = (losses / self.world).tolist()
-        for step, (loss, *_) in enumerate(losses, self.step - len(losses) + 1):
-            if not math.isfinite(loss):
+            losses /= self.world
+        self.losses.append(losses)
+        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        self.arriving.append((self.step + 1, losses.to("cpu", non_blocking=True), arrived))
+        if arrived:
+            arrived.record()
+        self.look_at_losses()
+
+    def look_at_losses(self):
+        """Raises InputError where one of the losses that have arrived from the device is not finite."""
+        while self.arriving and (self.arriving[0][2] is None or self.arriving[0][2].query()):
+            step, (loss, *_), _ = self.arriving.popleft()
+            if not loss.isfinite():
                 rate = learning_rate(step - 1, self.args.iters, self.args.lr, self.args.power)
                 raise InputError(
-                    f"the loss of step {step} is {loss}, at --lr {rate:.3g} with the images {', '.join(self.seen(step))}; "
+                    f"the loss of step {step} is {loss.item()}, at --lr {rate:.3g} with the images {', '.join(self.seen(step))}; "
                     f"training stopped, {self.last_good()}; look at these images, or lower --lr and --head-lr"
                 )
-        return [sum(column) / len(losses) for column in zip(*losses)]
 
     def seen(self, step):
         """The ids of the batches of all processes in a step, 1 the first; from the seed, as the loader draws them."""
@@ -433,9 +453,9 @@ def steps(run, noticed):
         args.workers, run.rank, run.world, pin_memory=run.device.type == "cuda",
     )  # fmt: skip
     run.open_folder()
-    first, losses, paused, result = run.step, [], 0.0, None
+    first, paused, result = run.step, 0.0, None
     began = since = time.perf_counter()
-    for step, batch in enumerate(loader, first):
+    for step, batch in enumerate(batches(loader), first):
         batch = {name: view.to(run.device, non_blocking=True) for name, view in batch.items() if torch.is_tensor(view)}
         if args.framework == "fixmatch" and step >= args.warmup_steps:
             numbers = draws(step, args.batch_size, run.rank, run.world)
@@ -447,6 +467,7 @@ def steps(run, noticed):
 
         with torch.autocast(run.device.type, torch.bfloat16, enabled=args.amp):
             loss, log = training_losses(run.student, run.predict, batch, step, args, run.options, rng)
+        run.note(log["losses"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -456,12 +477,11 @@ def steps(run, noticed):
         if step < args.warmup_steps:
             run.teacher.n_averaged.zero_()  # the next update is a copy again: averaging begins after the warm-up
 
-        losses.append(log["losses"])
         run.step = step + 1
         evaluating = run.step == args.iters or run.step % (args.eval_every * args.steps_per_epoch) == 0
         if run.step % args.log_every == 0 or evaluating:
-            record = run.log(losses, log, batch, time.perf_counter() - since)
-            losses, since = [], time.perf_counter()
+            record = run.log(log, batch, time.perf_counter() - since)
+            since = time.perf_counter()
             if run.rank == 0:
                 seconds_per_step = (since - began - paused) / (run.step - first)
                 print(progress(record, args, seconds_per_step * (args.iters - run.step)), flush=True)

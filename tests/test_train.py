@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -385,7 +386,8 @@ def equal_states(one, two):
     return all(torch.equal(one[part][name], two[part][name]) for part in ("student", "teacher") for name in one[part])
 
 
-def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatch, camvid_root):
+@pytest.mark.parametrize("inside", [False, True], ids=["after an evaluation", "inside one"])
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatch, camvid_root, inside):
     common = [
         "--dataset",
         "camvid",
@@ -401,18 +403,19 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatc
         1,
     ]
     whole = run(tmp_path / "whole", *common)
-    original, saved = T.Run.evaluate, []
+    original, evaluated = T.evaluate, []
 
-    def die_after_the_first(self):
-        original(self)
-        saved.append(self.step)
-        raise KeyboardInterrupt
+    def die(*args):
+        evaluated.append(None if inside and evaluated else original(*args))
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return evaluated[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(T.Run, "evaluate", die_after_the_first)
+        patch.setattr(T, "evaluate", die)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "broken", *common)
-    assert saved == [2]
+            run(tmp_path / "broken", *common, *(["--save-every", 0] if inside else []))
+    assert torch.load(tmp_path / "broken" / "last.pth", weights_only=True)["step"] == (3 if inside else 2)
     resumed = run(tmp_path / "broken", *common, "--resume", "--workers", 1)
     assert equal_states(whole, resumed) and whole["best"] == resumed["best"]
     assert [r["step"] for r in lines(tmp_path / "broken", "val")] == [2, 4, 5]
@@ -439,7 +442,14 @@ def started(out, *arguments, launcher=()):
     """A run in a process of its own; its lines come through stdout."""
     command = [sys.executable, *launcher, ROOT / "train.py", *LONG, "--out", out, *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), **pipes, text=True, env=env)
+
+
+def children(process):
+    """The ids of the processes that a process has started and that run one of the scripts."""
+    ids = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(i) for i in ids if b"train.py" in Path(f"/proc/{i}/cmdline").read_bytes()]
 
 
 def wait_for(process, text):
@@ -460,6 +470,51 @@ def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(tmp_path, camvid_r
         assert torch.load(out / "last.pth", weights_only=True)["step"] >= when - 1
     resumed = run(out, *LONG, "--root", camvid_root, "--resume")
     assert equal_states(whole, resumed) and [r["step"] for r in lines(out, "train")] == list(range(1, 13))
+    assert [r["step"] for r in lines(out, "val")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_two_processes_go_on_by_themselves_when_one_dies_and_resume_when_both_do(tmp_path, camvid_root):
+    tree = ["--root", camvid_root, "--save-every", 0]
+    script("train.py", *LONG, *tree, "--out", tmp_path / "whole", launcher=TWO_PROCESSES)
+    out = tmp_path / "killed"
+    process = started(out, *tree, launcher=[*TWO_PROCESSES, "--max-restarts=1"])
+    wait_for(process, "step  3/12")
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    wait_for(process, "step  7/12")  # after the restart, from the last checkpoint
+    for pid in [process.pid, *children(process.pid)]:  # torchrun first
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    script("train.py", *LONG, *tree, "--out", out, "--resume", launcher=TWO_PROCESSES)
+    one, two = (torch.load(folder / "last.pth", weights_only=True) for folder in (tmp_path / "whole", out))
+    assert equal_states(one, two) and one["step"] == two["step"] == 12
+    assert [r["step"] for r in lines(out, "train")] == list(range(1, 13))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(tmp_path, camvid_root):
+    common = [*LONG, "--root", camvid_root, "--device", "cuda", "--deterministic", "--crop", 64]
+    script("train.py", *common, "--out", tmp_path / "whole")
+    process = started(tmp_path / "killed", *common, "--save-every", 0)
+    wait_for(process, "step  5/12")
+    process.kill()
+    process.wait()
+    script("train.py", *common, "--out", tmp_path / "killed", "--resume")
+    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "killed"))
+    assert equal_states(one, two)
+
+
+def test_a_loader_worker_that_dies_says_which_file_it_held(tmp_path, camvid_root):
+    process = started(tmp_path / "run", "--root", camvid_root, "--workers", 1, "--iters", 10000)
+    wait_for(process, "step     3/10000")
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(said.strip().splitlines()) == 1, said
+    file = re.search(
+        r"a loader worker died .*(?:Killed|unexpectedly).*; the last file it opened is (\S+\.png); look at that file",
+        said,
+    )
+    assert file, said
+    assert Path(file[1]).is_file() and Path(file[1]).is_relative_to(camvid_root)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -473,13 +528,17 @@ def test_a_signal_saves_a_checkpoint_and_says_so_in_the_exit_code(tmp_path, camv
     assert f"{number.name}: saved step {step} to " in said and "continue with --resume" in said
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", [True, False], ids=["full", "not to be written to"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full):
     monkeypatch.setattr("data.SHAPES_VAL", 1)
     run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
     before = (tmp_path / "last.pth").read_bytes()
     going_on = T.Run(T.parse_args([*TINY, "--out", str(tmp_path), "--iters", "1", "--warmup-epochs", "0", "--resume"]))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    else:  # a test that runs as root may write everywhere
+        monkeypatch.setattr(torch, "save", lambda _, file: open("/proc/version", "wb"))
     try:
         with pytest.raises(
             InputError, match=r"last\.pth could not be written \(.*last.pth is the last good checkpoint; make"
@@ -588,7 +647,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
             100,
         )
     checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
-    assert checkpoint["step"] == 2 and all(value.isfinite().all() for value in checkpoint["student"].values())
+    assert (
+        len(calls) == 3
+        and checkpoint["step"] == 2
+        and all(value.isfinite().all() for value in checkpoint["student"].values())
+    )
 
 
 def test_a_run_is_never_overwritten_nor_continued_with_other_arguments(tmp_path, monkeypatch):
@@ -598,6 +661,13 @@ def test_a_run_is_never_overwritten_nor_continued_with_other_arguments(tmp_path,
         run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
     with pytest.raises(InputError, match="--resume: in .*, alpha0 was 0.4 and is 0.2; expected the same arguments"):
         run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--alpha0", 0.2, "--resume")
+    with pytest.raises(
+        InputError, match="--resume: .*, iters was 1 and is 2; expected the same arguments, because sched"
+    ):
+        run(tmp_path, "--iters", 2, "--warmup-epochs", 0, "--resume")
+    monkeypatch.setattr("data.SHAPES_TRAIN", 479)  # other images are spaced evenly then
+    with pytest.raises(InputError, match="was trained with 24 labeled images, and 24 others are there now"):
+        run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--resume")
 
 
 def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch, camvid_root):
