@@ -6,15 +6,19 @@
     python data.py pascal --root data                             # download PASCAL VOC 2012; --sbd: coarse masks as well
     python data.py cityscapes --root data                         # what to download, and what is there
     python data.py check --dataset pascal --root data --labeled 92
+    python data.py masks --root data/mine --colors classes.csv    # masks painted in colors -> masks of class indices
+    python data.py shapes --root data/mine --labeled 24           # the drawn images as a folder of files
 
 Whatever is random here is a function of (seed, stream, number of the draw), so that neither the number of workers nor
 a resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
 """
 
 import argparse
+import csv
 import http.client
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.request
@@ -39,6 +43,7 @@ from torchvision.transforms.v2 import functional as VF
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
 IMAGE_SUFFIXES, MASK_SUFFIXES = (".jpg", ".jpeg", ".png"), (".png",)
+READABLE = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 SPLITS = Path(__file__).parent / "splits"
 STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step", "strong"))}
 
@@ -66,6 +71,7 @@ class Data(NamedTuple):
     unlabeled: list  # their masks, where there are any, serve for figures alone
     val: list
     test: list  # empty where the dataset has none
+    notes: tuple = ()  # what was found and decided, to be said aloud
 
 
 def generator(*key):
@@ -175,19 +181,24 @@ def find_root(root, names, folders):
     best = min(candidates, key=lambda place: len(lacking[place]))
     if not lacking[best]:
         return best
-    expected = f"{', '.join(f'{folder}/' for folder in folders)} in it or in {' or '.join(f'{name}/' for name in names)} below it"
+    below = f" or in {' or '.join(f'{name}/' for name in names)} below it" if names else ""
+    expected = f"{', '.join(f'{folder}/' for folder in folders)} in it{below}"
     if not Path(root).is_dir():
         raise InputError(f"--root {root} is not there; expected a folder with {expected}")
     raise InputError(f"--root {root}: {best} lacks {', '.join(lacking[best])}; expected {expected}")
 
 
-def files(folder, suffixes):
-    """{stem: path} of the files in and below a folder with one of the suffixes, in either case; {} without the folder."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in suffixes]
-    found = {path.stem: path for path in paths}
+def files(folder, suffixes, nested=False):
+    """{stem: path} of the files in and below a folder with one of the suffixes, in either case; {} without the folder.
+
+    nested: the stem keeps the folders on the way, "trip/0001". Raises InputError where two files have the same stem.
+    """
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    stems = [path.relative_to(folder).with_suffix("").as_posix() if nested else path.stem for path in paths]
+    found = dict(zip(stems, paths))
     if len(found) < len(paths):
-        twice = next(path for path in paths if found[path.stem] != path)
-        raise InputError(f"{twice} and {found[twice.stem]} have the same name; expected one of them, remove the other")
+        twice, stem = next((path, stem) for path, stem in zip(paths, stems) if found[stem] != path)
+        raise InputError(f"{twice} and {found[stem]} have the same name; expected one of them, remove the other")
     return found
 
 
@@ -197,7 +208,7 @@ def id_list(file):
         raise InputError(
             f"the list {file} is not there; expected one image id per line, as in the folder {SPLITS.name}/"
         )
-    ids = file.read_text(errors="replace").split()
+    ids = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
     if not ids:
         raise InputError(f"the list {file} is empty; expected one image id per line")
     return ids
@@ -249,6 +260,89 @@ def list_cityscapes(root, lists):
     return splits
 
 
+def list_folder(root, lists):
+    """Items of a folder of one's own: images/ of any kind, and masks/ of the same path with .png for those that were painted.
+
+    Validation: val/ with images/ and masks/ of its own, else the ids in val.txt, else every fifth painted image.
+    """
+    root = find_root(root, (), ("images", "masks"))
+    items = _folder_items(root, "")
+    painted = [item for item in items if item.mask]
+    if (root / "val").is_dir():
+        val = _folder_items(find_root(root / "val", (), ("images", "masks")), "val/")
+    elif (root / "val.txt").is_file():
+        ids = id_list(root / "val.txt")
+        known = {item.id: item for item in items}
+        if not set(ids) <= set(known):
+            unknown = next(id for id in ids if id not in known)
+            raise InputError(
+                f"{root / 'val.txt'} names {unknown}, and there is no images/{unknown}.*; correct the list"
+            )
+        val = [known[id] for id in ids]
+    else:
+        if len(painted) < 2:
+            raise InputError(
+                f"{root} has {len(painted)} painted images; expected two or more, one to learn from and one to validate with"
+            )
+        val = painted[4::5] or painted[-1:]
+    return {"train": [item for item in items if item not in val], "val": val}
+
+
+def _folder_items(root, prefix):
+    """The images below root/images, sorted, with their masks; ids begin with the prefix. Raises InputError for odd masks."""
+    images, masks = files(root / "images", READABLE, nested=True), files(root / "masks", READABLE, nested=True)
+    other = [path for path in masks.values() if path.suffix.lower() not in MASK_SUFFIXES]
+    if other:
+        raise InputError(
+            f"{len(other)} masks in {root / 'masks'} are not PNG, first {other[0]}; {CONVERT.format(root)} makes PNGs of them"
+        )
+    stray = [id for id in masks if id not in images]
+    if stray:
+        raise InputError(
+            f"{len(stray)} of {len(masks)} masks in {root / 'masks'} belong to no image, first {masks[stray[0]]}; expected "
+            f"{root / 'images' / stray[0]} with any suffix; rename one of them"
+        )
+    return [Item(prefix + id, path, masks.get(id)) for id, path in images.items()]
+
+
+CONVERT = "python data.py masks --root {} --colors classes.csv"
+
+
+def folder_classes(root, masks):
+    """The names in root/classes.txt, else the numbers of the classes found, as a tuple. Looks into every mask.
+
+    Raises InputError, with the command that mends it, for masks that do not hold class indices.
+    """
+    file, mend = (
+        Path(root) / "classes.txt",
+        f"{CONVERT.format(root)} converts them; without --colors it prints what they hold",
+    )
+    names = tuple(id_list(file)) if file.is_file() else None
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            histograms = pool.map(lambda mask: _decode(mask, "index").histogram(), masks)
+            counts = np.sum(list(reported(histograms, len(masks), "masks looked at")), 0)
+    except InputError as error:
+        raise InputError(f"{error}; {mend}") from error
+    found = [value for value in np.flatnonzero(counts).tolist() if value != IGNORE]
+    values = f"the {len(masks)} masks in {root} hold the values {', '.join(map(str, np.flatnonzero(counts)[:12]))}"
+    if found in ([], [0]) and counts[IGNORE]:
+        raise InputError(
+            f"{values} alone, and 255 means ignore; expected class indices from 0; write the lines background,0 and "
+            f"object,255 into classes.csv: {CONVERT.format(root)} converts them"
+        )
+    if names and found[-1] >= len(names):
+        raise InputError(
+            f"{values}, and {file} names {len(names)} classes, 0 to {len(names) - 1}; name the others, or {mend}"
+        )
+    if not names and (found[0] > 0 or 2 * len(found) <= found[-1]):
+        raise InputError(
+            f"{values}; expected class indices 0, 1, 2 and so on; write one line name,value for each into classes.csv: {mend}; "
+            "or name the classes from 0 on in classes.txt, if the others were just never painted"
+        )
+    return names or tuple(map(str, range(found[-1] + 1)))
+
+
 def mask_values(classes):
     """(256,) uint8 from {value in the file: class}, with 255 to ignore; see Data.values."""
     values = np.full(256, 254, np.uint8)
@@ -267,6 +361,11 @@ class Spec(NamedTuple):
     scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
 
 
+def indices(count):
+    """The values of masks that hold class indices."""
+    return {"": mask_values({i: i for i in range(count)})}
+
+
 SHAPES_CLASSES = ("background", *(f"{texture} {form}" for texture, form in SHAPES))
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
@@ -277,12 +376,12 @@ PASCAL_CLASSES = (
 )  # fmt: skip
 CITYSCAPES_CLASSES = tuple(label.name for label in Cityscapes.classes if not label.ignore_in_eval)  # by train_id
 DATASETS = {
-    "shapes": Spec(SHAPES_CLASSES, list_shapes, {"": mask_values({i: i for i in range(7)})}, scales=(0.75, 1.5)),
+    "shapes": Spec(SHAPES_CLASSES, list_shapes, indices(7), scales=(0.75, 1.5)),
     "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values({i: i for i in range(11)} | {11: IGNORE})}),
     "pascal": Spec(
         PASCAL_CLASSES,
         list_pascal,
-        {"": mask_values({i: i for i in range(21)})},
+        indices(21),
         "python data.py pascal --root DIR downloads VOC 2012 and, with --sbd, builds SegmentationClassAug",
     ),
     "cityscapes": Spec(
@@ -298,16 +397,18 @@ DATASETS = {
         },
         "python data.py cityscapes --root DIR says what to download",
     ),
+    "folder": Spec((), list_folder, {}, "paint them, or leave them out of val"),  # classes and values: of its masks
 }
 
 
-def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val")):
+def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val"), val=None):
     """Lists a dataset and cuts its training images into labeled and unlabeled ones.
 
     labeled: "all", a list of image ids or a file of them, or a number N: the list splits/<name>/N.txt where there is one, else N images
-    evenly spaced over the sorted ids. unlabeled = the training images that are not labeled, by construction.
-    use: the parts that will be read. Raises InputError for an unknown dataset, list or id, an empty folder, and for parts
-    in use: missing images, missing masks (unlabeled images need none), and labeled masks of 0 and 255 alone.
+    evenly spaced over the sorted ids; of a folder, of the painted ones. unlabeled = the training images that are not labeled, by
+    construction. use: the parts that will be read. val: ids to validate on in place of the dataset's own, those of a run.
+    Raises InputError for an unknown dataset, list or id, an empty folder, and for parts in use: missing images, missing
+    masks (unlabeled images need none), and labeled masks of 0 and 255 alone.
     """
     if name not in DATASETS:
         raise InputError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}")
@@ -316,17 +417,33 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     for split in ("train", "val"):
         if not items[split]:
             raise InputError(f"--root {root} holds no {split} images of {name}; expected {split}/*.jpg or *.png")
+    if val is not None:
+        known = {item.id: item for item in items["train"] + items["val"]}
+        gone = [id for id in val if id not in known]
+        if gone:
+            raise InputError(
+                f"{len(gone)} of the run's {len(val)} validation images are not under {root}, first {gone[0]}; put them back"
+            )
+        items["val"] = [known[id] for id in val]
+        items["train"] = [item for item in items["train"] if item not in items["val"]]
+    values, classes, notes = spec.values, spec.classes, ()
+    can_be_labeled = items["train"]
+    if name == "folder":
+        can_be_labeled = [item for item in items["train"] if item.mask]
+        classes = folder_classes(root, [item.mask for item in items["train"] + items["val"] if item.mask])
+        values, notes = indices(len(classes)), folder_notes(root, items, classes)
     labeled = labeled if isinstance(labeled, list) else str(labeled)
-    chosen = labeled_ids(name, [item.id for item in items["train"]], labeled, lists)
+    chosen = labeled_ids(name, [item.id for item in can_be_labeled], labeled, lists)
     data = Data(
         name,
-        spec.classes,
+        classes,
         spec.scales,
-        spec.values,
+        values,
         [item for item in items["train"] if item.id in chosen],
         [item for item in items["train"] if item.id not in chosen],
         items["val"],
         items.get("test", []),
+        notes,
     )
     for part in use:
         members = getattr(data, part)
@@ -346,6 +463,23 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
                 "ignore; expected class indices, so write 1 where the masks say 255"
             )
     return data
+
+
+def folder_notes(root, items, classes):
+    """Sentences about a folder: what was found, which classes, and what validates."""
+    train, val = items["train"], items["val"]
+    painted = sum(item.mask is not None for item in train + val)
+    notes = [f"{root}: {len(train + val)} images, {painted} of them painted; classes: {', '.join(classes)}"]
+    below = [path for path in Path(root, "images").rglob("*") if path.is_file() and path.suffix.lower() not in READABLE]
+    if below:
+        notes.append(f"{len(below)} files in images/ have no suffix of an image and are left out, first {below[0]}")
+    if not any(Path(root, name).exists() for name in ("val", "val.txt")):
+        shown = ", ".join(item.id for item in val[:5]) + (", ..." if len(val) > 5 else "")
+        notes.append(
+            f"there is no val.txt, so every fifth painted image validates and is not trained on: {len(val)} of {painted} ({shown}); "
+            "write their names into val.txt to keep them when more are painted"
+        )
+    return tuple(notes)
 
 
 def labeled_ids(name, train_ids, labeled, lists):
@@ -609,6 +743,23 @@ def batches(loader):
         yield batch
 
 
+class ImageFiles(Dataset):
+    """Images of files {id: path}: (id, (3,H,W) uint8), or (id, what is wrong with the file)."""
+
+    def __init__(self, paths):
+        self.paths = list(paths.items())
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        id, path = self.paths[i]
+        try:
+            return id, VF.pil_to_tensor(read_image(Item(id, path, None)))
+        except InputError as error:
+            return id, str(error)
+
+
 class EvaluationImages(Dataset):
     """Whole images with their masks: image (3,H,W) uint8, mask (H,W) uint8 with 255."""
 
@@ -632,14 +783,32 @@ def evaluation_loader(data, items, workers=0, rank=0, world=1):
 # fetching and checking
 
 
+def say(line, live=False):
+    """Prints a line. On a terminal a live one gives way to the next; anywhere else each stays."""
+    terminal = sys.stdout.isatty()
+    if terminal and live:
+        line = line[: os.get_terminal_size().columns - 1]
+    print(("\r\033[K" if terminal else "") + line, end="" if terminal and live else "\n", flush=True)
+
+
 def reported(items, total, what, start=0):
-    """Yields the items, and says every few seconds how far it is."""
-    last = time.monotonic()
+    """Yields the items, and says how far it is and how long the rest takes: every few seconds, on a terminal all the time."""
+    began = last = time.monotonic()
     for done, item in enumerate(items, start + 1):
         yield item
-        if time.monotonic() - last > 5:
-            print(f"{what}: {done} of {total}", flush=True)
-            last = time.monotonic()
+        now = time.monotonic()
+        if now - last > (0.2 if sys.stdout.isatty() else 5):
+            left = (now - began) / (done - start) * (total - done)
+            say(f"{what}: {done} of {total}, {time_left(left)} left", live=True)
+            last = now
+    if last != began:
+        say(f"{what}: {total} of {total}")
+
+
+def time_left(seconds):
+    """A duration as people say it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
 def download(url, folder, md5):
@@ -721,10 +890,7 @@ def fetch_pascal(root, sbd):
                 raise InputError(
                     f"{matlab / id}.mat could not be read ({error}); remove it and run this again"
                 ) from error
-            mask = Image.fromarray(indices)
-            mask.putpalette(palette().tobytes())
-            mask.save(masks / "unfinished", "PNG")
-            os.replace(masks / "unfinished", masks / f"{id}.png")
+            save_mask(indices, masks / f"{id}.png")
     print(f"complete: {folder}; what was downloaded to {root} is no longer needed")
 
 
@@ -745,6 +911,133 @@ def fetch_cityscapes(root):
             print(f"{split}: {there} of {len(items)} {kind}s are there")
 
 
+def export_shapes(root, labeled):
+    """The drawn images as a folder of files: images/, masks/ of the labeled ones, val/, classes.txt."""
+    data, root = open_dataset("shapes", None, labeled), Path(root)
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"--root {root} is not empty; expected a new folder, so that nothing in it is overwritten")
+    for folder, items, masks in (
+        ("", data.labeled + data.unlabeled, {item.id for item in data.labeled}),
+        ("val", data.val, {item.id for item in data.val}),
+    ):
+        for kind in ("images", "masks"):
+            (root / folder / kind).mkdir(parents=True)
+        for item in items:
+            image, mask = draw_shapes(item.image)
+            image.save(root / folder / "images" / f"{item.id}.png")
+            if item.id in masks:
+                save_mask(np.asarray(mask), root / folder / "masks" / f"{item.id}.png")
+    (root / "classes.txt").write_text("\n".join(data.classes) + "\n")
+    print(
+        f"wrote {root}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images"
+    )
+
+
+def save_mask(mask, path, colors=None):
+    """Writes class indices (H,W) uint8 as a PNG with a palette, aside and then renamed."""
+    image, path = Image.fromarray(mask), Path(path)
+    image.putpalette((palette() if colors is None else colors).tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    image.save(aside, "PNG")
+    os.replace(aside, path)
+
+
+def painted_codes(path, by_value):
+    """(H,W) int: the values of a mask as stored, or its colors as 0xRRGGBB. Raises InputError."""
+    if by_value:
+        return np.asarray(_decode(path, "index")).astype(int)
+    return np.asarray(_decode(path, "RGB")).astype(int) @ [1 << 16, 1 << 8, 1]
+
+
+def _holds_values(path):
+    """Whether a mask is stored as one value per pixel."""
+    try:
+        return bool(_decode(path, "index"))
+    except InputError:
+        return False
+
+
+def code_text(code, by_value):
+    """A value, or a color as r,g,b."""
+    return str(code) if by_value else f"{code >> 16},{code >> 8 & 255},{code & 255}"
+
+
+def read_colors(file):
+    """({code: class index or 255}, [class names], by value?) of a CSV with lines name,r,g,b or name,value; "ignore" is 255."""
+    if not file.is_file():
+        raise InputError(
+            f"--colors {file} is not there; expected lines name,r,g,b or name,value, one per class from 0 on"
+        )
+    rows = [[cell.strip() for cell in row] for row in csv.reader(file.read_text().splitlines()) if row]
+    lengths = {len(row) for row in rows}
+    bad = next(
+        (row for row in rows if len(row) not in (2, 4) or not all(c.isdecimal() and int(c) < 256 for c in row[1:])),
+        None,
+    )
+    if len(lengths) != 1 or bad:
+        raise InputError(
+            f"--colors {file} holds {','.join(bad or rows[0] if rows else [])!r}; expected lines name,r,g,b or name,value alone"
+        )
+    names = list(dict.fromkeys(row[0] for row in rows if row[0] != "ignore"))
+    codes = {sum(int(c) << 8 * place for place, c in enumerate(reversed(row[1:]))): row[0] for row in rows}
+    return (
+        {code: IGNORE if name == "ignore" else names.index(name) for code, name in codes.items()},
+        names,
+        lengths == {2},
+    )
+
+
+def convert_masks(root, colors):
+    """Masks painted in colors or other values -> class indices, and classes.txt; the painted ones stay in masks-painted/.
+
+    colors None: prints what the masks hold, as lines for the CSV. Raises InputError, before anything is changed.
+    """
+    root = find_root(root, (), ("masks",))
+    masks, kept, made = root / "masks", root / "masks-painted", root / "masks-converted"
+    painted = files(masks, READABLE, nested=True)
+    if not painted:
+        raise InputError(f"{masks} holds no image; expected painted masks")
+    if colors is None:
+        by_value = all(map(_holds_values, painted.values()))
+        pixels = Counter()
+        for path in painted.values():
+            pixels.update(dict(zip(*np.unique(painted_codes(path, by_value), return_counts=True))))
+        if len(pixels) > 256:
+            raise InputError(
+                f"{masks} holds {len(pixels)} colors; expected one for each class, without blending (PNG, no JPEG)"
+            )
+        ignored = by_value and pixels.pop(IGNORE, None)
+        lines = [f"class {i},{code_text(int(code), by_value)}" for i, (code, _) in enumerate(pixels.most_common())]
+        print("\n".join(lines + [f"ignore,{IGNORE}"] * bool(ignored)))
+        return
+    codes, names, by_value = read_colors(Path(colors))
+    for folder in (kept, made):
+        if folder.exists():
+            raise InputError(
+                f"{folder} is there already, from an earlier conversion; move it away first, nothing is overwritten"
+            )
+    try:
+        for id, path in reported(painted.items(), len(painted), "masks"):
+            image = painted_codes(path, by_value)
+            found, place = np.unique(image, return_inverse=True)
+            unknown = [code_text(int(code), by_value) for code in found if int(code) not in codes]
+            if unknown:
+                raise InputError(
+                    f"{path} holds {' and '.join(unknown[:5])}{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}, which {colors} "
+                    f"does not; add a line for it, ignore,{unknown[0]} where it means nothing"
+                )
+            index = np.array([codes[int(code)] for code in found], np.uint8)[place]
+            save_mask(index.reshape(image.shape), made / f"{id}.png")
+    except InputError:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    os.replace(masks, kept)
+    os.replace(made, masks)
+    (root / "classes.txt").write_text("\n".join(names) + "\n")
+    print(f"wrote {len(painted)} masks and classes.txt; the painted ones are in {kept}")
+
+
 def check(name, root, labeled, splits):
     """Reads every image and mask in use, prints what was found, and returns the sentences about what is missing or broken."""
     data = open_dataset(name, root, labeled, splits, use=())
@@ -763,6 +1056,7 @@ def check(name, root, labeled, splits):
             return str(error)
 
     began = time.monotonic()
+    print("\n".join(data.notes), end="\n" if data.notes else "")
     parts = {"labeled": data.labeled, "unlabeled": data.unlabeled, "val": data.val}
     for part, items in parts.items():
         masks = sum(item.mask is not None for item in items)
@@ -797,7 +1091,13 @@ def parse_args(argv=None):
     check.add_argument("--dataset", choices=DATASETS, required=True)
     check.add_argument("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
     check.add_argument("--splits", help="folder of published lists; default: the one beside this file")
-    for command in (pascal, cityscapes, check):
+    masks = commands.add_parser("masks", help="masks painted in colors -> masks of class indices")
+    masks.add_argument(
+        "--colors", metavar="CSV", help="lines name,r,g,b or name,value; without: print what the masks hold"
+    )
+    shapes = commands.add_parser("shapes", help="write the drawn images as a folder of files")
+    shapes.add_argument("--labeled", type=int, default=24, help="how many images get a mask; default: 24")
+    for command in (pascal, cityscapes, check, masks, shapes):
         command.add_argument("--root", default="data", help="folder of the dataset; default: data")
     return parser.parse_args(argv)
 
@@ -809,6 +1109,10 @@ def main(argv=None):
         fetch_pascal(args.root, args.sbd)
     elif args.command == "cityscapes":
         fetch_cityscapes(args.root)
+    elif args.command == "masks":
+        convert_masks(args.root, args.colors)
+    elif args.command == "shapes":
+        export_shapes(args.root, args.labeled)
     else:
         problems = check(args.dataset, args.root, args.labeled, args.splits)
         if problems:

@@ -1,9 +1,11 @@
-"""What a checkpoint is worth: IoU per class and at boundaries, the quality of its pseudo-labels, pictures.
+"""What a checkpoint is worth: IoU per class and at boundaries, the quality of its pseudo-labels, pictures; masks for new images.
 
     python evaluate.py runs/shapes-24-fixmatch-0/last.pth
     python evaluate.py ckpt.pth --root data --json scores.json --panels panels
     python evaluate.py ckpt.pth --pseudo-labels                               # with and without refinement
     python evaluate.py ckpt.pth --figures figures                             # Figs. 4, 5 and 6 of its run
+    python evaluate.py ckpt.pth --images photographs --masks predicted        # masks for images of one's own
+    python evaluate.py ckpt.pth --images photographs --masks proposed --pseudo-labels   # 255 where it is unsure
     torchrun --nproc_per_node=8 evaluate.py ckpt.pth --eval-mode sliding --tta
 
 The dataset, the classes, the network and the protocol are those that the checkpoint names.
@@ -22,13 +24,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks
 
-from data import IGNORE, InputError, batches, dead_worker, evaluation_loader, normalize, open_dataset, palette
+from data import (
+    IGNORE,
+    MEAN,
+    READABLE,
+    STD,
+    ImageFiles,
+    InputError,
+    batches,
+    dead_worker,
+    evaluation_loader,
+    files,
+    normalize,
+    open_dataset,
+    palette,
+    reported,
+    save_mask,
+)
 from model import DeepLabV3Plus
-from refine import confidence, dpa_alpha, pseudo_labels, refine
+from refine import confidence, dpa_alpha, dpa_threshold, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
@@ -371,20 +391,30 @@ def draw_figures(run, folder):
 # panels: Figs. 1, 3 and 7
 
 
-def overlay(image, label):
-    """The image (3,H,W) uint8 under the label's colors; 255 shows the plain image, dimmed."""
-    colors = palette()
+def overlay(image, label, dim=3, alpha=0.8):
+    """The image (3,H,W) uint8, its values divided by dim, under the label's colors; 255 shows the image alone."""
+    colors, image = palette(), image // dim
     present = [c for c in label.unique().tolist() if c != IGNORE]
-    dimmed = image // 3
     if not present:
-        return dimmed
+        return image
     masks = torch.stack([label == c for c in present])
-    return draw_segmentation_masks(dimmed, masks, alpha=0.8, colors=[tuple(colors[c].tolist()) for c in present])
+    return draw_segmentation_masks(image, masks, alpha=alpha, colors=[tuple(colors[c].tolist()) for c in present])
 
 
 def heat(conf):
     """(H,W) in 0..1 -> (3,H,W) uint8: black, red, yellow, white as the model grows surer."""
     return (torch.stack([3 * conf, 3 * conf - 1, 3 * conf - 2]).clamp(0, 1) * 255).to(torch.uint8)
+
+
+TITLES = (
+    "image",
+    "truth",
+    "teacher",
+    "confidence",
+    "confidence, refined",
+    "labels without refinement",
+    "labels, refined",
+)
 
 
 @torch.no_grad()
@@ -394,7 +424,6 @@ def panel(model, data, items, device, alpha, options):
     options: the keyword arguments of `refine.pseudo_labels` that the run trains with. The threshold is the alpha-quantile
     of the row's own pixels. Where a pixel has no pseudo-label the image shows, dimmed. Returns a PIL image.
     """
-    titles = ("image", "truth", "teacher", "confidence", "confidence, refined", "kept", "kept, refined")
     rows = []
     for image, truth in evaluation_loader(data, items):
         prob = model(normalize(image.to(device))).float().softmax(1)
@@ -408,20 +437,42 @@ def panel(model, data, items, device, alpha, options):
         sure = [1 - doubt(pseudo.confidence[0].cpu(), options["kind"], len(data.classes)) for pseudo in (raw, refined)]
         labels = [truth[0], *(label[0].cpu() for label in (prob.argmax(1), raw.label, refined.label))]
         truth, teacher, *kept = (overlay(image[0], label) for label in labels)
-        tiles = [image[0], truth, teacher, *map(heat, sure), *kept]
-        row = torch.cat([F.pad(tile, (2, 2, 2, 2), value=255) for tile in tiles], 2).permute(1, 2, 0)
-        row = Image.fromarray(row.numpy())
-        row.thumbnail((260 * len(titles), row.height))  # readable at a glance, however large the images are
-        rows.append(row)
-    header = 14  # pixels
-    sheet = Image.new("RGB", (max(row.width for row in rows), header + sum(row.height for row in rows)), "white")
-    top = header
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    for i, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((i * rows[0].width // len(titles) + 3, 1), title, fill="black")
-    return sheet
+        rows.append([image[0], truth, teacher, *map(heat, sure), *kept])
+    return sheet(rows, data.classes)
+
+
+def sheet(rows, classes, width=200):
+    """Rows of tiles (3,H,W) uint8 under TITLES, with the classes' colors and the scale of the confidence below. A PIL image."""
+    font, gap, line = ImageFont.load_default(13), 4, 20  # pixels
+    rows = [[VF.to_pil_image(tile) for tile in row] for row in rows]
+    heights = [round(width * row[0].height / row[0].width) for row in rows]
+    page = Image.new("RGB", (len(TITLES) * (width + gap) + gap, 1), "white")
+    entries, x, y = [], gap, line + sum(heights) + len(rows) * gap + gap
+    for name, color in zip(
+        (*classes, "no label: the image, dimmed"), [*palette()[: len(classes)].tolist(), [85, 85, 85]]
+    ):
+        length = 20 + round(font.getlength(name)) + 3 * gap
+        if x + length > page.width:
+            x, y = gap, y + line
+        entries.append((x, y, name, tuple(color)))
+        x += length
+    page = page.resize((page.width, y + 2 * line + gap))
+    draw = ImageDraw.Draw(page)
+    for column, title in enumerate(TITLES):
+        draw.text((gap + column * (width + gap), 2), title, "black", font)
+    top = line
+    for row, height in zip(rows, heights):
+        for column, tile in enumerate(row):
+            page.paste(tile.resize((width, height), Image.Resampling.BOX), (gap + column * (width + gap), top))
+        top += height + gap
+    for x, y, name, color in entries:
+        draw.rectangle((x, y + 3, x + 14, y + 15), color, "black")
+        draw.text((x + 20, y), name, "black", font)
+    scale = VF.to_pil_image(heat(torch.linspace(0, 1, width).expand(12, width)))
+    page.paste(scale, (gap + 30, y + line + 4))
+    draw.text((gap, y + line), "0", "black", font)
+    draw.text((gap + 36 + width, y + line), "1  confidence: unsure to sure", "black", font)
+    return page
 
 
 def panel_items(data, count=4):
@@ -429,6 +480,82 @@ def panel_items(data, count=4):
     whole = [[item for item in items if None not in (item.image, item.mask)] for items in (data.unlabeled, data.val)]
     items = whole[0] or whole[1]
     return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# masks for images of one's own
+
+BLOCK, MARGIN = 1024, 128  # pixels; larger images are predicted in blocks, each with that much of what surrounds it
+
+
+def blocks(height, width):
+    """[(window of the image, what to keep of it)] that cover an image once, so that memory does not grow with the image."""
+
+    def cuts(side):
+        edges = [round(i * side / -(-side // BLOCK)) for i in range(-(-side // BLOCK) + 1)]
+        for low, high in zip(edges, edges[1:]):
+            first = max(0, low - MARGIN)
+            yield slice(first, min(side, high + MARGIN)), slice(low - first, high - first)
+
+    return [((..., *outer), (..., *inner)) for outer, inner in (zip(y, x) for y in cuts(height) for x in cuts(width))]
+
+
+def sampled_threshold(model, paths, device, protocol, alpha, kind, workers, rank, world):
+    """The alpha-quantile of the raw confidences of at most 100 of the images {id: path}, evenly spaced."""
+    chosen = list(paths.items())[:: -(-len(paths) // 100)]
+    samples = [torch.zeros(0, device=device)]
+    for id, image in batches(DataLoader(ImageFiles(dict(chosen[rank::world])), batch_size=None, num_workers=workers)):
+        if not isinstance(image, str):
+            for window, keep in blocks(*image.shape[-2:]):
+                conf = confidence(predict(model, image[window][None].to(device), protocol)[keep], kind).flatten()
+                samples.append(conf[:: max(1, len(conf) // 100_000)])
+    return dpa_threshold(torch.cat(samples), alpha)
+
+
+@torch.no_grad()
+def predicted(model, image, device, protocol, options):
+    """(mask, confidence) of an image (3,H,W) uint8: (H,W) uint8 each; confidence 0..255.
+
+    options: of `pseudo_labels`, for a mask that is 255 where the pixel has no pseudo-label; None for the prediction.
+    """
+    mask, sure = torch.empty(2, *image.shape[-2:], dtype=torch.uint8)
+    for window, keep in blocks(*image.shape[-2:]):
+        prob = predict(model, image[window][None].to(device), protocol)
+        kind, target = options["kind"] if options else "margin", mask[window][keep]
+        if options:
+            pseudo = pseudo_labels(prob, None, **options)
+            label, conf = pseudo.label, pseudo.confidence
+        else:
+            label, conf = prob.argmax(1), confidence(prob)
+        target.copy_(label[0][keep])
+        sure[window][keep].copy_(255 * (1 - doubt(conf[0][keep], kind, prob.shape[1])))
+    return mask, sure
+
+
+def predict_folder(model, folder, out, device, protocol, options, colors, with_confidence, workers, rank, world):
+    """Writes a mask for each image in and below a folder: out/<path>.png; overlays and confidence maps in folders beside it.
+
+    Masks that are there already stay. Returns (how many were written, how many stayed, [what is wrong with a file]).
+    """
+    paths = files(folder, READABLE, nested=True)
+    mine = dict(list(paths.items())[rank::world])
+    missing = {id: path for id, path in mine.items() if not (out / f"{id}.png").exists()}
+    wrong, beside = [], {kind: out.with_name(f"{out.name}-{kind}") for kind in ("overlays", "confidence")}
+    loader = batches(DataLoader(ImageFiles(missing), batch_size=None, num_workers=workers))
+    for id, image in reported(loader, len(missing), "images") if rank == 0 else loader:
+        if isinstance(image, str):
+            wrong.append(image)
+            continue
+        mask, sure = predicted(model, image, device, protocol, options)
+        for kind in ("overlays", "confidence")[: 1 + with_confidence]:
+            picture = overlay(image, mask, 1, 0.5) if kind == "overlays" else sure[None]
+            (beside[kind] / id).parent.mkdir(parents=True, exist_ok=True)
+            VF.to_pil_image(picture).save(beside[kind] / f"{id}.png")
+        save_mask(mask.numpy(), out / f"{id}.png", colors)  # last, because it says that this image is done
+    counts = torch.tensor([len(missing) - len(wrong), len(mine) - len(missing)], device=device)
+    if world > 1:
+        dist.all_reduce(counts)
+    return *counts.tolist(), wrong
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,6 +568,9 @@ RUN_ARGUMENTS = {  # what is read of checkpoint["args"]
 }  # fmt: skip
 
 
+PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; travels in the checkpoint
+
+
 def load_checkpoint(path):
     """The dictionary that train.py saved. Nothing in the file is executed. Raises InputError."""
     if not Path(path).is_file():
@@ -451,7 +581,7 @@ def load_checkpoint(path):
         raise InputError(
             f"checkpoint {path} could not be read ({type(error).__name__}); it is truncated, or not of train.py"
         ) from error
-    lacking = {"step", "args", "classes", "labeled", "student", "teacher"} - set(
+    lacking = {"step", "args", "classes", "labeled", "val", "palette", "preprocessing", "student", "teacher"} - set(
         checkpoint if isinstance(checkpoint, dict) else ()
     )
     lacking = lacking or RUN_ARGUMENTS - set(checkpoint["args"])
@@ -459,6 +589,8 @@ def load_checkpoint(path):
         raise InputError(
             f"checkpoint {path} lacks {', '.join(sorted(lacking))}; expected one that this version of train.py saved"
         )
+    if checkpoint["preprocessing"] != PREPROCESSING:
+        raise InputError(f"checkpoint {path} expects {checkpoint['preprocessing']}; this version gives {PREPROCESSING}")
     return checkpoint
 
 
@@ -579,6 +711,18 @@ def parse_args(argv=None):
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--pseudo-labels", action="store_true", help="report on the pseudo-labels of the unlabeled images instead")
+    add("--images", metavar="DIR", help="predict the images in and below this folder instead, into --masks")
+    add(
+        "--masks",
+        metavar="OUT",
+        help="where the masks go; overlays go to OUT-overlays; with --pseudo-labels: 255 where unsure",
+    )
+    add("--confidence", action="store_true", help="with --images: also maps of the confidence, to OUT-confidence")
+    add(
+        "--threshold",
+        type=float,
+        help="with --images and --pseudo-labels; default: the run's, or its quantile of these images",
+    )
     add("--figures", metavar="DIR", help="draw Figs. 4, 5 and 6 from the run's log there instead; needs matplotlib")
     add("--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
@@ -587,7 +731,71 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.refine and args.pseudo_labels:
         parser.error("--pseudo-labels compares with and without refinement already; expected it without --refine")
+    if bool(args.images) != bool(args.masks):
+        parser.error("--images and --masks belong together: what to predict, and where the masks go")
+    if not args.images and (args.confidence or args.threshold is not None):
+        parser.error("--confidence and --threshold are for new images; expected --images and --masks beside them")
     return args
+
+
+def predict_images(args, checkpoint):
+    """--images and --masks: needs nothing but the checkpoint. Raises InputError that names each file it could not read."""
+    folder, out, run = Path(args.images), Path(args.masks), checkpoint["args"]
+    if not folder.is_dir() or not files(folder, READABLE, nested=True):
+        raise InputError(f"--images {folder} holds no image; expected a folder with images in it or below it")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"--masks {out} lies in --images {folder}, where masks would be taken for images; expected another folder"
+        )
+    rank, world, device = start_processes(args.device)
+    network = "student" if args.student else "teacher"
+    model = load_model(checkpoint, args.checkpoint, network).to(device, memory_format=torch.channels_last)
+    prior = checkpoint.get("prior")
+    options = refinement_options(run, None if prior is None else prior.to(device))
+    protocol = Protocol(
+        args.eval_mode or "original",
+        args.crop or run["crop"],
+        args.tta,
+        options_of_refine(options) if args.refine else None,
+    )
+    if protocol.eval_mode == "center-crop":
+        raise InputError(
+            "--eval-mode center-crop leaves most of an image out; expected original or sliding for new images"
+        )
+    sharing = (args.workers, rank, world)
+    if args.pseudo_labels:
+        paths, threshold = (
+            files(folder, READABLE, nested=True),
+            args.threshold if args.threshold is not None else options["threshold"],
+        )
+        if threshold is None:
+            threshold = sampled_threshold(
+                model, paths, device, protocol, run["alpha0"], options["kind"], *sharing
+            ).item()
+        options["threshold"] = threshold
+        if rank == 0:
+            print(
+                f"pixels whose refined confidence is above {threshold:.4f} get a label, the others 255; another: --threshold"
+            )
+    colors = checkpoint["palette"].numpy()
+    counts = predict_folder(
+        model, folder, out, device, protocol, options if args.pseudo_labels else None, colors, args.confidence, *sharing
+    )
+    written, stayed, wrong = counts
+    if rank == 0:
+        print(
+            f"{written} masks written to {out}, 0 to {len(checkpoint['classes']) - 1} for {', '.join(checkpoint['classes'])}"
+        )
+        left_out = [
+            path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() not in READABLE
+        ]
+        if left_out:
+            print(f"{len(left_out)} files have no suffix of an image and are left out, first {left_out[0]}")
+        if stayed:
+            print(f"{stayed} masks were in {out} already and stay as they are; another --masks for new ones")
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+        raise InputError(f"{len(wrong)} images could not be read and have no mask; each is named above")
 
 
 def main(argv=None):
@@ -602,9 +810,12 @@ def main(argv=None):
         for file in draw_figures(Path(args.checkpoint).parent, Path(args.figures)):
             print(f"wrote {file}")
         return
+    if args.images:
+        return predict_images(args, checkpoint)
     data = open_dataset(
-        run["dataset"], args.root or run["root"], checkpoint["labeled"], args.splits or run["splits"], use=()
-    )
+        run["dataset"], args.root or run["root"], checkpoint["labeled"], args.splits or run["splits"], use=(),
+        val=None if args.splits else checkpoint["val"],
+    )  # fmt: skip
     if list(data.classes) != list(checkpoint["classes"]):
         raise InputError(
             f"checkpoint {args.checkpoint} predicts {len(checkpoint['classes'])} classes, {data.name} has "

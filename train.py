@@ -20,6 +20,7 @@ from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -38,12 +39,17 @@ from data import (
     generator,
     normalize,
     open_dataset,
+    palette,
     read,
+    read_image,
+    say,
     strong_views,
+    time_left,
     training_loader,
 )
 from evaluate import (
     EVAL_MODES,
+    PREPROCESSING,
     Protocol,
     evaluate,
     load_checkpoint,
@@ -74,6 +80,13 @@ PRESETS = (
     )),
     ("camvid", ("cuda",), "ours", dict(
         crop=352, backbone="resnet50", weights="imagenet", epochs=80, batch_size=8, lr=0.005, head_lr=0.05, eval_every=5, workers=8,
+    )),
+    ("folder", ANY, "ours", dict(labeled="all", weight_decay=1e-4, log_every=20, eval_mode="original", sup_loss="ce")),
+    ("folder", ("cpu",), "ours", dict(
+        backbone="resnet18", weights="none", batch_size=4, lr=0.02, head_lr=0.02, workers=1,
+    )),
+    ("folder", ("cuda",), "ours", dict(
+        backbone="resnet50", weights="imagenet", batch_size=8, lr=0.005, head_lr=0.05, workers=8,
     )),
     ("pascal", ANY, "paper", dict(  # Appendix D; 1/4 is the partition of Sec. 4.3
         labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, lr=0.001, head_lr=0.01,
@@ -184,6 +197,28 @@ def write_aside(path, text):
     os.replace(aside, path)
 
 
+def open_board(folder, step):
+    """TensorBoard's writer; what an earlier part of the run wrote past `step` is dropped. Raises InputError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def show_on_board(board, record):
+    """The numbers of a line of metrics.jsonl, and the histograms of Fig. 6."""
+    for name, value in record.items():
+        if isinstance(value, (int, float)) and name != "step":
+            board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+        elif name.startswith("histogram"):
+            middles = (np.arange(20) + 0.5) / 20
+            board.add_histogram(
+                name, np.repeat(middles, np.round(10_000 * np.array(value)).astype(int)), record["step"], bins=20
+            )
+    board.flush()
+
+
 def class_prior(data, neighborhood):
     """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels."""
     agreement, pixels = torch.zeros(2, len(data.classes), dtype=torch.double)
@@ -197,7 +232,8 @@ def class_prior(data, neighborhood):
 
 def progress(record, args, seconds_left):
     """The log line of one record."""
-    parts = [f"step {record['step']:>{len(str(args.iters))}}/{args.iters}", f"loss {record['loss']:.3f}"]
+    parts = [f"step {record['step']:>{len(str(args.iters))}}/{args.iters}", f"{time_left(seconds_left)} left"]
+    parts.append(f"loss {record['loss']:.3f}")
     if "kept" in record:
         parts[-1] += f" = {record['loss_x']:.3f} + {args.lambda_u:g} x {record['loss_u']:.3f}"
         parts.append(f"alpha {record['alpha']:.2f}  threshold {record['threshold']:.3f}")
@@ -205,8 +241,6 @@ def progress(record, args, seconds_left):
         if "correct" in record:
             parts.append(f"correct {record['correct']:.1%} (raw {record['correct_raw']:.1%})")
     parts.append(f"{record['images_per_second']:.1f} images/s")
-    minutes, seconds = divmod(round(seconds_left), 60)
-    parts.append(f"{minutes // 60}h{minutes % 60:02d}m left" if minutes >= 60 else f"{minutes}m{seconds:02d}s left")
     return "  ".join(parts)
 
 
@@ -221,6 +255,8 @@ class Run:
             args.resume = True
         use = ("labeled", "val") if args.framework == "supervised" else ("labeled", "unlabeled", "val")
         self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use)
+        if args.dataset == "folder":
+            self.data = suit_folder(args, self.data, self.device, self.world)
         resolve_lengths(args, self.data, self.device, self.world)
         checkpoint = self.find_checkpoint()
 
@@ -246,7 +282,7 @@ class Run:
         self.prior = class_prior(self.data, args.neighborhood).to(self.device) if args.prior else None
         self.options = refinement_options(vars(args), self.prior)
         self.step, self.best, self.saved = 0, -math.inf, time.monotonic()
-        self.losses, self.arriving = [], deque()
+        self.losses, self.arriving, self.board = [], deque(), None
         if checkpoint:
             self.restore(checkpoint)
         self.student, self.predict = self.model.train(), self.teacher
@@ -279,11 +315,13 @@ class Run:
                 f"--resume: in {self.out}, {difference}; expected the same arguments, because schedules and randomness "
                 "follow from them, or another --out for another run"
             )
-        if checkpoint["labeled"] != [item.id for item in self.data.labeled]:
-            raise InputError(
-                f"--resume: {self.out} was trained with {len(checkpoint['labeled'])} labeled images, and "
-                f"{len(self.data.labeled)} others are there now; expected the same ones, or another --out for another run"
-            )
+        for part in ("labeled", "val"):
+            before, ids = checkpoint[part], [item.id for item in getattr(self.data, part)]
+            if before != ids:
+                raise InputError(
+                    f"--resume: {self.out} began with {len(before)} {part} images, and {len(ids)} others are there now; "
+                    "expected the same ones, or another --out for another run"
+                )
         return checkpoint
 
     def open_folder(self):
@@ -291,16 +329,19 @@ class Run:
         if self.world > 1:
             dist.barrier()  # every process has looked for a checkpoint before one of them writes
         if self.rank == 0:
+            if self.args.tensorboard:
+                self.board = open_board(self.out / "tensorboard", self.step)
             (self.out / "panels").mkdir(parents=True, exist_ok=True)
             metrics = self.out / "metrics.jsonl"
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
             write_aside(metrics, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
             (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
-            print(json.dumps(vars(self.args)), flush=True)
+            for note in (*self.data.notes, json.dumps(vars(self.args))):
+                say(note)
             if self.args.framework != "supervised" and self.args.warmup_steps >= self.args.iters:
                 steps = f"the warm-up of {self.args.warmup_steps} steps outlasts the run of {self.args.iters}"
-                print(f"note: {steps}, so no unlabeled image will be used; see --warmup-epochs", flush=True)
+                say(f"note: {steps}, so no unlabeled image will be used; see --warmup-epochs")
 
     def restore(self, checkpoint):
         """Continues where the checkpoint was saved; schedules and randomness follow from the step alone."""
@@ -315,7 +356,8 @@ class Run:
         self.check_weights()
         state = {
             "step": self.step, "best": self.best, "args": vars(self.args), "classes": list(self.data.classes),
-            "labeled": [item.id for item in self.data.labeled],
+            "labeled": [item.id for item in self.data.labeled], "val": [item.id for item in self.data.val],
+            "palette": torch.from_numpy(palette()), "preprocessing": PREPROCESSING,
             "prior": self.prior, "student": self.model.state_dict(), "teacher": self.teacher.module.state_dict(),
             "updates": int(self.teacher.n_averaged), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
@@ -344,9 +386,11 @@ class Run:
         return f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
 
     def write(self, record):
-        """Appends one record to metrics.jsonl."""
+        """Appends one record to metrics.jsonl, and to TensorBoard where it is asked for."""
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+        if self.board:
+            show_on_board(self.board, record)
 
     def log(self, log, batch, seconds):
         """One training line: means since the last one, figures of the last batch. Waits for the device."""
@@ -413,14 +457,14 @@ class Run:
         self.best = max(self.best, result["miou"])
         if self.rank == 0:
             self.write({"event": "val", "step": self.step, "epoch": self.step / args.steps_per_epoch} | result)
-            print(
-                f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}", flush=True
-            )
+            say(f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}")
             for name in ("last.pth", "best.pth")[: 1 + improved]:
                 self.save(name)
             alpha = dpa_alpha(self.step, args.iters, args.alpha0)
             sheet = panel(self.teacher, data, panel_items(data), self.device, alpha, self.options)
             sheet.save(self.out / "panels" / f"step-{self.step:06d}.png")
+            if self.board:
+                self.board.add_image("panel", np.asarray(sheet), self.step, dataformats="HWC")
         return result
 
 
@@ -484,7 +528,7 @@ def steps(run, noticed):
             since = time.perf_counter()
             if run.rank == 0:
                 seconds_per_step = (since - began - paused) / (run.step - first)
-                print(progress(record, args, seconds_per_step * (args.iters - run.step)), flush=True)
+                say(progress(record, args, seconds_per_step * (args.iters - run.step)), live=True)
         if evaluating:
             result = run.evaluate()
             paused += time.perf_counter() - since
@@ -498,7 +542,7 @@ def steps(run, noticed):
             sys.exit(128 + noticed[0])
     if run.rank == 0:
         last = run.out / "last.pth"
-        print(table(result) if result else f"nothing to do: {last} is at step {first} of {args.iters}")
+        say(table(result) if result else f"nothing to do: {last} is at step {first} of {args.iters}")
         print(f"score it again with: python evaluate.py {last}")
 
 
@@ -516,6 +560,7 @@ MAY_CHANGE = {
     "eval_every",
     "save_every",
     "compile",
+    "tensorboard",
 }
 
 
@@ -534,6 +579,33 @@ def fill_presets(args, device):
         args.amp = device.type == "cuda"
     if args.out is None:
         args.out = f"runs/{args.dataset}-{Path(args.labeled).stem}-{args.framework}-{args.seed}"
+
+
+def suit_folder(args, data, device, world):
+    """What the preset of a folder leaves open: crop and length, from the images found. Ours; the command line beats it."""
+    sides = sorted(min(read_image(item).size) for item in data.labeled[:: max(1, len(data.labeled) // 16)])
+    largest, least = (128, 2000) if device.type == "cpu" else (512, 6000)
+    epoch = math.ceil(len(data.unlabeled or data.labeled) / (args.batch_size * world))  # steps
+    iters = args.iters or (args.epochs * epoch if args.epochs else max(least, 10 * epoch))
+    tenth = round(iters / epoch / 10) or int(4 * epoch <= iters)  # of the run, in epochs
+    found = {
+        "crop": max(32, min(largest, sides[len(sides) // 2]) // 32 * 32),
+        "iters": None if args.epochs else iters,
+        "warmup_epochs": tenth,
+        "eval_every": max(1, tenth),
+    }
+    found = {name: value for name, value in found.items() if getattr(args, name) is None and value is not None}
+    for name, value in found.items():
+        setattr(args, name, value)
+    if found:
+        chosen = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items())
+        data = data._replace(
+            notes=(
+                *data.notes,
+                f"chosen from the images found, their short side about {sides[len(sides) // 2]}: {chosen}",
+            )
+        )
+    return data
 
 
 def resolve_lengths(args, data, device, world):
@@ -644,6 +716,12 @@ def run_arguments(add):
     add("--eval-mode", choices=EVAL_MODES, help="at original size, in sliding windows of --crop, or its center crop")
     add("--log-every", type=COUNT, help="steps between log lines")
     add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
+    add(
+        "--tensorboard",
+        action=SWITCH,
+        default=False,
+        help="also write the log, panels and histograms for TensorBoard, to --out",
+    )
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 

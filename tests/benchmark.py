@@ -2,6 +2,8 @@
 
     python tests/benchmark.py                                     # everything that this machine can run
     python tests/benchmark.py --only labels --peer DIR            # DIR: a checkout of github.com/s4mcontext/s4mc
+    python tests/benchmark.py --only scale                        # as batch, crop, classes and loader workers grow
+    python tests/benchmark.py --only processes                    # one process beside several
 
 Nothing is asserted about time. Figures of a busy machine are worthless: all rows of a table alternate, and their
 medians are printed with the slowest and fastest round.
@@ -9,6 +11,7 @@ medians are printed with the slowest and fastest round.
 
 import argparse
 import importlib
+import os
 import platform
 import random
 import statistics
@@ -17,13 +20,19 @@ import tempfile
 import time
 import types
 from datetime import date
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,7 +40,7 @@ import data as D  # noqa: E402
 import evaluate as E  # noqa: E402
 import refine as R  # noqa: E402
 import train as T  # noqa: E402
-from model import DeepLabV3Plus, ema_teacher  # noqa: E402
+from model import DeepLabV3Plus, average_batchnorm, ema_teacher  # noqa: E402
 
 ROUNDS = 7
 
@@ -55,8 +64,8 @@ def measured(rivals, device, rounds=ROUNDS):
     return seconds
 
 
-def show(title, seconds, unit=1e3, suffix="ms", against=None, notes=()):
-    """Prints a table: median, fastest, slowest, and the median against the named row."""
+def show(title, seconds, unit=1e3, suffix="ms", against=None, notes=(), beside={}):
+    """Prints a table: median, smallest, largest, the median against the named row, what `beside` says of a row."""
     print(f"\n{title}")
     base = statistics.median(seconds[against]) if against in seconds else None
     for name, times in seconds.items():
@@ -64,21 +73,44 @@ def show(title, seconds, unit=1e3, suffix="ms", against=None, notes=()):
         ratio = f"{base / median:8.1f} x {against}" if base and name != against else ""
         print(
             f"  {name:44}{median * unit:10.2f} {suffix}   ({min(times) * unit:.2f} to {max(times) * unit:.2f}){ratio}"
+            f"{beside.get(name, '')}"
         )
     for note in notes:
         print(f"  {note}")
 
 
 def peak_memory(function, device):
-    """Bytes that a function holds at most beyond what there was, on CUDA; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    """Bytes that a function holds at most beyond what there was, at its first call.
+
+    On the CPU only what PyTorch's allocator hands out is seen, and NumPy's memory is not; what was there before the first
+    call goes on counting where the function frees it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as record:
+        function()
+    events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # negative where freed
+    return max(accumulate(changes, initial=0))
+
+
+def operations(function):
+    """Floating-point operations of a function's matrix products and convolutions; multiply and add are two."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def large_product(device, dtype):
+    """(a function that multiplies two large matrices, its floating-point operations, 2 n^3)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return lambda: a @ b, 2 * n**3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,50 +220,70 @@ def authors_step(student, teacher, batch, rng, peer):
     return F.cross_entropy(logits_x, y, ignore_index=255) + F.cross_entropy(logits_u, label, ignore_index=255)
 
 
+def base_point(device):
+    """The step that is measured: (backbone, classes, crop, labeled images; as many unlabeled ones)."""
+    return ("resnet101", 21, 513, 3) if device.type == "cuda" else ("resnet18", 21, 128, 4)
+
+
+def trainer(backbone, classes, device, amp, loss_of):
+    """A function that does train.py's whole step on networks of its own; loss_of: (student, teacher, rng) -> loss."""
+    cuda, together = device.type == "cuda", dist.is_initialized()
+    model = DeepLabV3Plus(backbone, classes).to(device, memory_format=torch.channels_last).train()
+    if together and cuda:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    teacher = ema_teacher(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and amp)
+    student = DistributedDataParallel(model, broadcast_buffers=False) if together else model
+    rng = np.random.default_rng(0)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = loss_of(student, teacher, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if together and not cuda:
+            average_batchnorm(model, dist.get_world_size())
+        teacher.update_parameters(model)
+
+    return step
+
+
+def s4mc_loss(batch, framework="cutmixseg", **options):
+    """train.py's loss of a batch, for `trainer`; options: of `pseudo_labels`."""
+    args = step_arguments(framework=framework)
+    return lambda student, teacher, rng: T.training_losses(student, teacher, batch, 50, args, options, rng)[0]
+
+
 def benchmark_step(device, peer):
-    """A step of training: images per second, memory, and what the pseudo-labels cost, beside the authors' order of things."""
+    """A step of training: images per second, memory, arithmetic, and what the pseudo-labels cost, beside the authors'."""
     cuda = device.type == "cuda"
-    backbone, classes, crop, batch_size = ("resnet101", 21, 513, 3) if cuda else ("resnet18", 21, 128, 4)
+    backbone, classes, crop, batch_size = base_point(device)
     batch = random_batch(batch_size, classes, crop, device)
 
-    def trainer(amp, loss_of):
-        """A function that does one whole step on networks of its own."""
-        student = DeepLabV3Plus(backbone, classes).to(device, memory_format=torch.channels_last).train()
-        teacher = ema_teacher(student)
-        optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and amp)
-        rng = np.random.default_rng(0)
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = loss_of(student, teacher, rng)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            teacher.update_parameters(student)
-
-        return step
-
-    def ours(framework, refinement=True):
-        options = {"refinement": refinement} | ({} if refinement else {"threshold": 0.0})
-        return lambda student, teacher, rng: T.training_losses(
-            student, teacher, batch, 50, step_arguments(framework=framework), options, rng
-        )[0]
-
+    of = partial(trainer, backbone, classes, device)
     rivals = {
-        "S4MC": trainer(cuda, ours("cutmixseg")),
-        "S4MC, no refinement, fixed threshold": trainer(cuda, ours("cutmixseg", False)),
-        "labeled images alone": trainer(cuda, ours("supervised")),
-        "authors' order": trainer(
-            False, lambda student, teacher, rng: authors_step(student, teacher, batch, rng, peer)
-        ),
+        "S4MC": of(cuda, s4mc_loss(batch)),
+        "S4MC, no refinement, fixed threshold": of(cuda, s4mc_loss(batch, refinement=False, threshold=0.0)),
+        "labeled images alone": of(cuda, s4mc_loss(batch, "supervised")),
+        "authors' order": of(False, lambda student, teacher, rng: authors_step(student, teacher, batch, rng, peer)),
     }
     peaks = {name: peak_memory(rival, device) for name, rival in rivals.items()}
-    seconds = measured(rivals, device)
-    notes = [f"{name}: {2 * batch_size / statistics.median(times):.1f} images/s" for name, times in seconds.items()]
+    product, product_operations = large_product(device, torch.bfloat16 if cuda else torch.float32)
+    seconds = measured(rivals | {"product": product}, device)
+    product_seconds = seconds.pop("product")
+    images = dict.fromkeys(rivals, 2 * batch_size) | {"labeled images alone": batch_size}
+    notes = [f"{name}: {images[name] / statistics.median(times):.1f} images/s" for name, times in seconds.items()]
     notes += [f"{name}: {peak / 2**30:.2f} GiB beyond the networks" for name, peak in peaks.items() if peak]
     logits = smooth_logits(batch_size, classes, crop, device)
     stage = measured({"stage": lambda: R.pseudo_labels(logits.softmax(1), 0.4)}, device)["stage"]
     notes.append(f"pseudo-labels: {statistics.median(stage) / statistics.median(seconds['S4MC']):.1%} of the step")
+    rate = product_operations / statistics.median(product_seconds) / 1e12
+    count = operations(rivals["S4MC"]) / 1e12
+    notes.append(
+        f"model FLOPs utilization: {count / statistics.median(seconds['S4MC']) / rate:.1%} of the {rate:.3g} TFLOP/s "
+        f"that a matrix product reaches here; {count:.3g} TFLOP a step"
+    )
     show(
         f"step, {backbone}, {batch_size} + {batch_size} images of {crop}",
         seconds,
@@ -359,12 +411,149 @@ def benchmark_evaluation(device, peer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# as images, classes, workers and processes grow in number
+
+
+def benchmark_scale(device, peer):
+    """Time and memory of a step as batch, crop and classes grow, one at a time; then the loader's workers."""
+    cuda = device.type == "cuda"
+    backbone, classes, crop, batch_size = base_point(device)
+    base = {"batch": batch_size, "crop": crop, "classes": classes}
+    batches, crops = ((3, 6, 12), (321, 513, 769)) if cuda else ((2, 4, 8), (96, 128, 192))
+    for factor, values in {"batch": batches, "crop": crops, "classes": (2, 21, 150)}.items():
+        rivals, beside = {}, {}
+        for value in values:
+            point, name = base | {factor: value}, f"{factor} {value}"
+            step = trainer(backbone, point["classes"], device, cuda, s4mc_loss(random_batch(**point, device=device)))
+            try:
+                beside[name] = f"{peak_memory(step, device) / 2**30:8.2f} GiB beyond the networks"
+                rivals[name] = step
+            except torch.OutOfMemoryError:
+                print(f"\n{name}: does not fit into the GPU's memory")
+        others = ", ".join(f"{name} {value}" for name, value in base.items() if name != factor)
+        show(f"step by {factor}, {backbone}, {others}", measured(rivals, device), beside=beside)
+    scale_workers()
+
+
+def scale_workers(crop=513, batch_size=4, steps=10):
+    """Images per second out of train.py's loader by its --workers: labeled and weak views, from JPEG files."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+
+    def rate(data, workers):
+        """Counted from when all workers are at work to before the first of them has nothing to do."""
+        ahead = 2 * workers + 1
+        loader = iter(D.training_loader(data, range(steps + 2 * ahead), batch_size, crop, "fixmatch", 0, workers))
+        for _ in range(ahead):
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+        return 2 * batch_size * steps / (time.perf_counter() - began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        items = [D.Item(str(i), Path(folder) / f"{i}.jpg", Path(folder) / f"{i}.png") for i in range(16)]
+        for item in items:
+            image, mask = photograph(500, 375, rng)
+            image.save(item.image, quality=90)
+            mask.save(item.mask)
+        data = D.Data("photographs", ("",) * 19, (0.5, 2.0), D.DATASETS["pascal"].values, items, items, [], [])
+        rates = {str(workers): [] for workers in (0, 1, 2, 4, 8) if workers <= max(2, os.cpu_count())}
+        for _ in range(ROUNDS):
+            for workers, row in rates.items():
+                row.append(rate(data, int(workers)))
+    show(f"loader by --workers, JPEG files of 500 x 375, crop {crop}, {os.cpu_count()} cores", rates, 1, "images/s")
+
+
+def expected_efficiency(processes, size, step_seconds, bandwidth, overlap=2 / 3):
+    """Speed of n processes over n times the speed of one, 0..1, where nothing but the gradients' all-reduce costs.
+
+    all_reduce = 2 (n - 1) / n * size / bandwidth               seconds, of a ring
+    efficiency = step / (step + max(0, all_reduce - overlap * step))
+
+    size: bytes of gradients; step_seconds: of one process; bandwidth: bytes per second of the slowest link of the ring;
+    overlap: the backward pass's share of the step, about 2/3, beside which the all-reduce runs.
+    """
+    all_reduce = 2 * (processes - 1) / processes * size / bandwidth
+    return step_seconds / (step_seconds + max(0, all_reduce - overlap * step_seconds))
+
+
+def gradient_bytes(backbone, classes):
+    """Bytes of gradients that a step exchanges: 4 for each parameter."""
+    with torch.device("meta"):
+        return 4 * sum(parameter.numel() for parameter in DeepLabV3Plus(backbone, classes).parameters())
+
+
+def _steps_of_one_process(rank, world, together, cuda, store, barrier, queue):
+    """Puts the seconds of each step of process `rank` into the queue."""
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    if together:
+        dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    backbone, classes, crop, batch_size = base_point(device)
+    step = trainer(backbone, classes, device, cuda, s4mc_loss(random_batch(batch_size, classes, crop, device)))
+    barrier.wait()
+    queue.put(measured({"step": step}, device, ROUNDS // 2)["step"])
+    del step  # gloo hangs where the group goes before what uses it
+    if together:
+        dist.destroy_process_group()
+
+
+def seconds_of_steps(world, together, cuda):
+    """Seconds of each step of each of `world` new processes."""
+    context = mp.get_context("spawn")
+    queue, barrier = context.SimpleQueue(), context.Barrier(world)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_steps_of_one_process, (world, together, cuda, Path(folder) / "store", barrier, queue), nprocs=world)
+    return [seconds for _ in range(world) for seconds in queue.get()]
+
+
+def benchmark_processes(device, peer):
+    """One process beside two on the CPU, with one thread each, or beside one for each GPU; and what is to be expected."""
+    cuda = device.type == "cuda"
+    backbone, classes, crop, batch_size = base_point(device)
+    world = torch.cuda.device_count() if cuda else 2
+    ways = {"1 process": (1, False)}
+    if world > 1:
+        ways |= {f"{world} processes, each for itself": (world, False), f"{world} processes": (world, True)}
+    else:
+        print("\nseveral processes: left out, because this machine has one GPU only")
+    torch.cuda.empty_cache()  # the first process shares this one's GPU
+    rates = {name: [] for name in ways}
+    for _ in range(3):
+        for name, (count, together) in ways.items():
+            rates[name] += [count * 2 * batch_size / seconds for seconds in seconds_of_steps(count, together, cuda)]
+    medians = {name: statistics.median(row) for name, row in rates.items()}
+    one = medians.pop("1 process")
+    notes = [f"efficiency of {name}: {rate / (world * one):.0%}" for name, rate in medians.items()]
+    notes.append(f"gradients: {gradient_bytes(backbone, classes) / 1e6:.1f} MB a step and process")
+    title = f"a step in one process and in several, {backbone}, {batch_size} + {batch_size} images of {crop} each"
+    show(title, rates, 1, "images/s", notes=notes)
+    show_expected({"measured": 2 * batch_size / one} if cuda else {})
+
+
+def show_expected(steps):
+    """Prints `expected_efficiency` with ResNet-101's gradients for steps {name: seconds} and for two assumed ones."""
+    size = gradient_bytes("resnet101", 21)
+    print(f"\nefficiency to be expected of resnet101, {size / 1e6:.0f} MB of gradients: computed, not measured")
+    for name, seconds in (steps | {"assumed": 0.1, "assumed, short": 0.02}).items():
+        for processes, gigabytes, link in ((8, 100, "NVLink in a node"), (64, 25, "200 Gb/s InfiniBand between nodes")):
+            share = expected_efficiency(processes, size, seconds, gigabytes * 1e9)
+            row = f"{processes} processes, step of {seconds * 1e3:.0f} ms, {name}"
+            print(f"  {row:44}{share:10.1%}   at an assumed {gigabytes} GB/s, {link}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 BENCHMARKS = {
     "labels": benchmark_labels,
     "step": benchmark_step,
     "loader": benchmark_loader,
     "evaluation": benchmark_evaluation,
+    "scale": benchmark_scale,
+    "processes": benchmark_processes,
 }
 
 

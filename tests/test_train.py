@@ -666,7 +666,7 @@ def test_a_run_is_never_overwritten_nor_continued_with_other_arguments(tmp_path,
     ):
         run(tmp_path, "--iters", 2, "--warmup-epochs", 0, "--resume")
     monkeypatch.setattr("data.SHAPES_TRAIN", 479)  # other images are spaced evenly then
-    with pytest.raises(InputError, match="was trained with 24 labeled images, and 24 others are there now"):
+    with pytest.raises(InputError, match="began with 24 labeled images, and 24 others are there now"):
         run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--resume")
 
 
