@@ -77,9 +77,11 @@ class Evil:
 def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
     with pytest.raises(InputError, match="is not there; expected the last.pth"):
         E.load_checkpoint(tmp_path / "none.pth")
-    old = dict.fromkeys(("step", "classes", "labeled", "student", "teacher"), 0) | {"args": {"dataset": "shapes"}}
+    parts = ("step", "classes", "labeled", "val", "palette", "preprocessing", "student", "teacher")
+    old = dict.fromkeys(parts, 0) | {"args": {"dataset": "shapes"}}
+    other = old | {"args": dict.fromkeys(E.RUN_ARGUMENTS), "preprocessing": {"mean": [0.5] * 3, "std": [1.0] * 3}}
     for name, content in (
-        ("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1}), ("old.pth", old),
+        ("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1}), ("old.pth", old), ("gray.pth", other),
     ):  # fmt: skip
         torch.save(content, tmp_path / name)
     (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:100])
@@ -88,6 +90,7 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
         ("cut", "could not be read"),
         ("list", "lacks args"),
         ("other", "lacks args"),
+        ("gray", r"expects \{'mean': \[0.5, 0.5, 0.5\].*; this version gives"),
         ("old", "lacks alpha0, backbone, .* expected one that this version of train.py saved"),
     ):
         with pytest.raises(InputError, match=says):

@@ -22,7 +22,7 @@ from torch import nn
 
 import evaluate as E
 import train as T
-from data import InputError, strong_views
+from data import Data, InputError, Item, strong_views
 from evaluate import pseudo_label_figures, refinement_options, stop_on_input_error
 from model import DeepLabV3Plus, ema_teacher
 from refine import pseudo_labels
@@ -743,8 +743,32 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
 @pytest.mark.parametrize("device", T.ANY)
 def test_a_preset_leaves_nothing_open_but_what_has_another_meaning(dataset, device):
     args = vars(resolved("--dataset", dataset, device=device))
-    assert {name for name, value in args.items() if value is None} <= {"splits", "threshold", "epochs", "iters"}
-    assert args["epochs"] or args["iters"]
+    from_the_images = {"crop", "warmup_epochs", "eval_every"} if dataset == "folder" else set()
+    assert {name for name, value in args.items() if value is None} <= {
+        "splits",
+        "threshold",
+        "epochs",
+        "iters",
+    } | from_the_images
+    assert args["epochs"] or args["iters"] or dataset == "folder"
+
+
+@pytest.mark.parametrize("device, images, expected", [
+    ("cpu", 2000, dict(crop=128, iters=5000, warmup_epochs=1, eval_every=1)),
+    ("cuda", 2000, dict(crop=480, iters=6000, warmup_epochs=2, eval_every=2)),
+    ("cpu", 20, dict(crop=128, iters=2000, warmup_epochs=40, eval_every=40)),
+])  # fmt: skip
+def test_the_preset_of_a_folder_follows_from_the_images_found(tmp_path, device, images, expected):
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
+    item = Item("a", tmp_path / "a.png", None)
+    data = Data("folder", ("0", "1"), (0.5, 2.0), {}, [item] * 40, [item] * images, [item], [], ("found",))
+    args = resolved("--dataset", "folder", device=device)
+    said = T.suit_folder(args, data, torch.device(device), 1).notes
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert said[0] == "found" and "their short side about 480: --crop" in said[1]
+    args = resolved("--dataset", "folder", "--crop", "96", "--epochs", "3", device=device)
+    T.suit_folder(args, data, torch.device(device), 1)
+    assert (args.crop, args.epochs, args.iters) == (96, 3, None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
