@@ -79,7 +79,8 @@ class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
     backbone: one of BACKBONES; output_stride 16 or 8; weights: see `resnet`.
-    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W). In training mode B must be at least 2,
+    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32; without upsample (B,num_classes,H/4,W/4),
+    which is where they are decided. In training mode B must be at least 2,
     because ASPP's image pooling has BatchNorm on a single pixel per image.
     """
 
@@ -98,15 +99,15 @@ class DeepLabV3Plus(nn.Module):
         self.decoder = nn.Sequential(Conv2dNormActivation(256 + 48, 256), Conv2dNormActivation(256, 256))
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
-    def forward(self, x):
+    def forward(self, x, upsample=True):
         net = self.backbone
         stem = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         low = net.layer1(stem)  # (B,256,H/4,W/4); 64 channels in the BasicBlock ResNets
         deep = net.layer4(net.layer3(net.layer2(low)))  # (B,2048,H/16,W/16); 512 likewise
         low = self.low_level(low)
         context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")
-        logits = self.classifier(self.decoder(torch.cat([context, low], 1)))  # (B,C,H/4,W/4)
-        return F.interpolate(logits.float(), size=x.shape[-2:], mode="bilinear")  # bfloat16 would tie the margins
+        logits = self.classifier(self.decoder(torch.cat([context, low], 1))).float()  # bfloat16 would tie the margins
+        return F.interpolate(logits, size=x.shape[-2:], mode="bilinear") if upsample else logits
 
 
 def ema_decay(updates, decay=0.99):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from data import (
@@ -112,11 +113,22 @@ def learning_rate(step, total_steps, base, power=0.9):
     return base * (1 - step / total_steps) ** power
 
 
+def full_size(logits, label):
+    """One image's logits (C,h,w) -> (1,C,H,W) float32, interpolated to its label (H,W)."""
+    return F.interpolate(logits[None].float(), label.shape, mode="bilinear")
+
+
+def summed_loss(logits, label):
+    """The sum of one image's cross-entropy over its labeled pixels; logits (C,h,w), label (H,W)."""
+    return F.cross_entropy(full_size(logits, label), label[None].long(), ignore_index=IGNORE, reduction="sum")
+
+
 def cross_entropy(logits, label):
     """Eqs. 2-3: the sum over all labeled pixels divided by their number M, both counted over all processes.
 
-    logits (B,C,H,W), label (B,H,W) with 255 = not labeled; 0 where no pixel is labeled. The value is this process's part
-    times the number of processes, because DistributedDataParallel averages: N processes equal one with the whole batch.
+    logits (B,C,h,w) on any grid, label (B,H,W) with 255 = not labeled; 0 where no pixel is labeled. The value is this
+    process's part times the number of processes, because DistributedDataParallel averages: N processes equal one with the
+    whole batch. Logits of full size exist for one image at a time, and again in the backward pass.
     """
     # Paper: M counts pixels of the batch. Authors' code: a mean per GPU. Here: M of the batch of all processes.
     count = (label != IGNORE).sum()
@@ -124,7 +136,8 @@ def cross_entropy(logits, label):
     if dist.is_initialized():
         dist.all_reduce(count)
         world = dist.get_world_size()
-    total = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
+    once_more = {"use_reentrant": False, "preserve_rng_state": False}
+    total = sum(recomputed(summed_loss, *image, **once_more) for image in zip(logits, label))
     return total * world / count.clamp(min=1)
 
 
@@ -132,11 +145,14 @@ def cross_entropy(logits, label):
 def hard_pixels(logits, label, sure=0.7, per_image=50_000):
     """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure already.
 
-    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the hardest
+    logits (B,C,h,w), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the hardest
     B * per_image pixels of this process. Both numbers are common practice on Cityscapes, there 100,000 for two images.
     """
-    prob = logits.float().softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
-    prob = prob.masked_fill(label == IGNORE, torch.inf)
+    own = [
+        full_size(*image).softmax(1).gather(1, image[1].clamp(max=logits.shape[1] - 1).long()[None, None])[0]
+        for image in zip(logits, label)
+    ]
+    prob = torch.cat(own).masked_fill(label == IGNORE, torch.inf)
     hardest = prob.flatten().kthvalue(min(per_image * len(label), prob.numel())).values
     return label.masked_fill(prob > hardest.clamp(min=sure), IGNORE)
 
@@ -159,7 +175,7 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     """
     x, y = normalize(batch["x"]), batch["y"]
     if args.framework == "supervised" or step < args.warmup_steps:
-        loss_x = supervised_loss(student(x), y, args.sup_loss)
+        loss_x = supervised_loss(student(x, upsample=False), y, args.sup_loss)
         return loss_x, {"losses": torch.stack([loss_x, loss_x, torch.zeros_like(loss_x)]).detach()}
     weak = normalize(batch["weak"])
     strong = normalize(batch["strong"]) if args.framework == "fixmatch" else weak
@@ -169,7 +185,7 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     pseudo = pseudo_labels(prob, dpa_alpha(step, args.iters, args.alpha0), valid=batch["valid"], **options)
     strong, target = cutmix(strong, pseudo.label, rng, args.cutmix)
 
-    logits_x, logits_u = student(torch.cat([x, strong])).split([len(x), len(strong)])
+    logits_x, logits_u = student(torch.cat([x, strong]), upsample=False).split([len(x), len(strong)])
     loss_x, loss_u = supervised_loss(logits_x, y, args.sup_loss), cross_entropy(logits_u, target)
     loss = loss_x + args.lambda_u * loss_u
     return loss, {"losses": torch.stack([loss, loss_x, loss_u]).detach(), "prob": prob, "pseudo": pseudo}

@@ -59,9 +59,21 @@ def little_batch(batch=4, size=12, classes=3, seed=0):
     return images | labels | {"valid": torch.rand(batch, size, size, generator=rng) < 0.9}
 
 
+class Coarse(nn.Module):
+    """A network that decides on a coarser grid, as DeepLabV3Plus does."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+
+    def forward(self, x, upsample=True):
+        logits = self.layers(x)
+        return nn.functional.interpolate(logits, x.shape[-2:], mode="bilinear") if upsample else logits
+
+
 def networks(seed=0, classes=3):
     torch.manual_seed(seed)
-    return [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1)) for _ in range(2)]
+    return [Coarse(classes) for _ in range(2)]
 
 
 def losses(batch, step=3, options=None, **changes):
@@ -84,6 +96,22 @@ def test_cross_entropy_is_the_mean_over_labeled_pixels():
     label[0, :2] = 255
     expected = -logits.log_softmax(1).gather(1, label.clamp(max=2)[:, None])[:, 0][label != 255].mean()
     assert T.cross_entropy(logits, label).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_on_the_network_s_own_grid_is_that_of_full_size_logits():
+    batch = little_batch()
+    label, (student, _) = batch["y"].long(), networks()
+    x = batch["x"].float() / 255
+    whole = nn.functional.cross_entropy(student(x), label, ignore_index=255)
+    expected = torch.autograd.grad(whole, list(student.parameters()))
+    coarse = T.supervised_loss(student(x, upsample=False), batch["y"], "ce")
+    assert coarse.item() == pytest.approx(whole.item(), rel=1e-5)
+    for one, two in zip(torch.autograd.grad(coarse, list(student.parameters())), expected):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    logits = student(x, upsample=False)
+    full = nn.functional.interpolate(logits, label.shape[-2:], mode="bilinear")
+    for sure in (0.34, 0.4):
+        assert torch.equal(T.hard_pixels(logits, batch["y"], sure, 3), T.hard_pixels(full, batch["y"], sure, 3))
 
 
 def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
@@ -557,7 +585,7 @@ class Tiny(nn.Module):
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.head = nn.Conv2d(4, num_classes, 1)
 
-    def forward(self, x):
+    def forward(self, x, upsample=True):
         return self.head(self.backbone(x).relu())
 
 
