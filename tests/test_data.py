@@ -1,9 +1,11 @@
 """data.py: the drawn dataset, partitions, views, mixing, and what it says about bad input."""
 
 import io
+import random
 import struct
 import zlib
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -382,3 +384,78 @@ def test_three_hundred_odd_and_broken_files_load_right_or_are_named(tmp_path, ca
     with pytest.raises(InputError) as stop:
         D.main(["check", "--dataset", "camvid", "--root", str(root), "--labeled", str(tmp_path / "list.txt")])
     assert all((stem in str(stop.value)) != loads for stem, loads in verdicts.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the same views as the plain pipeline's, which resizes the whole image and works in Pillow throughout
+
+
+def farthest(one, two):
+    """The Kolmogorov-Smirnov distance of two samples: the largest difference of their distribution functions."""
+    values = np.concatenate([one, two])
+    shares = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (one, two)]
+    return np.abs(shares[0] - shares[1]).max()
+
+
+DRAWS = 400
+BY_CHANCE = 1.63 * np.sqrt(2 / DRAWS)  # two samples of one distribution are farther apart in 1% of cases
+
+
+@pytest.fixture
+def rivals(tmp_path):
+    """(data of one image whose red and green tell the place of each pixel, the plain pipeline on the same)."""
+    y, x = np.mgrid[:48, :64]
+    image = np.stack([x * 4, y * 5, (x + y) * 2 % 200], 2).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "mask.png")
+    item = Item("image", tmp_path / "image.png", tmp_path / "mask.png")
+    data = D.Data("one", ("0",), (0.5, 2.0), D.indices(1), [item], [item], [item], [])
+    return data, benchmark.PlainViews(item, 48, (0.5, 2.0))
+
+
+def test_crops_are_distributed_like_the_plain_pipeline_s(rivals):
+    data, plain = rivals
+    views = D.TrainingViews(data, 48, "supervised", 0)
+    random.seed(0)
+
+    def features(image, mask):
+        """Size and place of what is seen, and whether it is mirrored."""
+        seen = mask == 0
+        red, green = image[0][seen].astype(float), image[1][seen].astype(float)
+        columns = np.flatnonzero(seen.any(0))
+        row = image[0][np.flatnonzero(seen.any(1))[0]].astype(float)
+        return (
+            seen.any(0).sum(),
+            seen.any(1).sum(),
+            red.mean(),
+            green.mean(),
+            red.std(),
+            row[columns[-1]] < row[columns[0]],
+        )
+
+    ours = np.array([features(views[n]["x"].numpy(), views[n]["y"].numpy()) for n in range(DRAWS)])
+    pairs = (plain.weak() for _ in range(DRAWS))
+    theirs = np.array([features(np.asarray(image).transpose(2, 0, 1), np.asarray(mask)) for image, mask in pairs])
+    assert all(farthest(one, two) < BY_CHANCE for one, two in zip(ours.T, theirs.T))
+    assert farthest(ours[:, 0], theirs[:, 0] * 0.8) > BY_CHANCE  # the distance sees a difference
+
+
+def test_colors_are_distributed_like_the_plain_pipeline_s(rivals):
+    data, plain = rivals
+    image = read(data.labeled[0], data)[0]
+    weak = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    random.seed(0)
+    torch.manual_seed(0)
+
+    def features(strong):
+        """Brightness, contrast, color and sharpness of an image (3,H,W), 0..255."""
+        gray = strong.mean(0)
+        numbers = [*strong.mean((1, 2)), gray.std(), strong.std(0).mean(), np.abs(np.diff(gray)).mean()]
+        return np.round(numbers, 1)  # many images are gray or as they were, and normalizing them back is not exact
+
+    ours = np.array([features(D.strong_views(weak[None], 0, [n])[0].numpy().astype(float)) for n in range(DRAWS)])
+    mean, std = (255 * np.array(values)[:, None, None] for values in (D.MEAN, D.STD))
+    theirs = np.array([features(plain.strong(image).numpy() * std + mean) for _ in range(DRAWS)])
+    distances = [farthest(one, two) for one, two in zip(ours.T, theirs.T)]
+    assert max(distances) < BY_CHANCE, distances
+    assert farthest(ours[:, 3], theirs[:, 3] * 1.3) > BY_CHANCE
