@@ -208,7 +208,8 @@ def id_list(file):
         raise InputError(
             f"the list {file} is not there; expected one image id per line, as in the folder {SPLITS.name}/"
         )
-    ids = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    lines = file.read_text("utf-8-sig", errors="replace").splitlines()
+    ids = [line.strip() for line in lines if line.strip()]
     if not ids:
         raise InputError(f"the list {file} is empty; expected one image id per line")
     return ids
@@ -285,7 +286,8 @@ def list_folder(root, lists):
                 f"{root} has {len(painted)} painted images; expected two or more, one to learn from and one to validate with"
             )
         val = painted[4::5] or painted[-1:]
-    return {"train": [item for item in items if item not in val], "val": val}
+    taken = set(val)
+    return {"train": [item for item in items if item not in taken], "val": val}
 
 
 def _folder_items(root, prefix):
@@ -313,10 +315,8 @@ def folder_classes(root, masks):
 
     Raises InputError, with the command that mends it, for masks that do not hold class indices.
     """
-    file, mend = (
-        Path(root) / "classes.txt",
-        f"{CONVERT.format(root)} converts them; without --colors it prints what they hold",
-    )
+    file = Path(root) / "classes.txt"
+    mend = f"{CONVERT.format(root)} converts them; without --colors it prints what they hold"
     names = tuple(id_list(file)) if file.is_file() else None
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -425,7 +425,8 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
                 f"{len(gone)} of the run's {len(val)} validation images are not under {root}, first {gone[0]}; put them back"
             )
         items["val"] = [known[id] for id in val]
-        items["train"] = [item for item in items["train"] if item not in items["val"]]
+        taken = set(items["val"])
+        items["train"] = [item for item in items["train"] if item not in taken]
     values, classes, notes = spec.values, spec.classes, ()
     can_be_labeled = items["train"]
     if name == "folder":
@@ -969,7 +970,7 @@ def read_colors(file):
         raise InputError(
             f"--colors {file} is not there; expected lines name,r,g,b or name,value, one per class from 0 on"
         )
-    rows = [[cell.strip() for cell in row] for row in csv.reader(file.read_text().splitlines()) if row]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(file.read_text("utf-8-sig", errors="replace").splitlines()) if row]
     lengths = {len(row) for row in rows}
     bad = next(
         (row for row in rows if len(row) not in (2, 4) or not all(c.isdecimal() and int(c) < 256 for c in row[1:])),

@@ -675,6 +675,8 @@ def stop_on_input_error(main):
         end = dead_worker(error) or traceback.format_exc()
     if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
         dist.destroy_process_group()
+    if end and sys.stdout.isatty():
+        print()  # below the live line
     sys.exit(f"{Path(sys.argv[0]).name}: {end}" if isinstance(end, str) else end)
 
 

@@ -213,13 +213,13 @@ def write_aside(path, text):
     os.replace(aside, path)
 
 
-def open_board(folder, step):
-    """TensorBoard's writer; what an earlier part of the run wrote past `step` is dropped. Raises InputError without the package."""
+def summary_writer():
+    """TensorBoard's class. Raises InputError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=step + 1)
+    return SummaryWriter
 
 
 def show_on_board(board, record):
@@ -264,6 +264,8 @@ class Run:
     """What one run holds: arguments, data, process, networks, optimizer; and its checkpoints."""
 
     def __init__(self, args):
+        if args.tensorboard:
+            summary_writer()  # every process says so at once where it is missing
         self.rank, self.world, self.device = start_processes(args.device)
         fill_presets(args, self.device)
         self.args, self.out = args, Path(args.out)
@@ -345,8 +347,8 @@ class Run:
         if self.world > 1:
             dist.barrier()  # every process has looked for a checkpoint before one of them writes
         if self.rank == 0:
-            if self.args.tensorboard:
-                self.board = open_board(self.out / "tensorboard", self.step)
+            if self.args.tensorboard:  # purge_step: what an earlier part of the run wrote past its checkpoint
+                self.board = summary_writer()(self.out / "tensorboard", purge_step=self.step + 1)
             (self.out / "panels").mkdir(parents=True, exist_ok=True)
             metrics = self.out / "metrics.jsonl"
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
