@@ -970,7 +970,11 @@ def read_colors(file):
         raise InputError(
             f"--colors {file} is not there; expected lines name,r,g,b or name,value, one per class from 0 on"
         )
-    rows = [[cell.strip() for cell in row] for row in csv.reader(file.read_text("utf-8-sig", errors="replace").splitlines()) if row]
+    rows = [
+        [cell.strip() for cell in row]
+        for row in csv.reader(file.read_text("utf-8-sig", errors="replace").splitlines())
+        if row
+    ]
     lengths = {len(row) for row in rows}
     bad = next(
         (row for row in rows if len(row) not in (2, 4) or not all(c.isdecimal() and int(c) < 256 for c in row[1:])),
@@ -1013,6 +1017,11 @@ def convert_masks(root, colors):
         print("\n".join(lines + [f"ignore,{IGNORE}"] * bool(ignored)))
         return
     codes, names, by_value = read_colors(Path(colors))
+    listed = root / "classes.txt"
+    if listed.exists() and id_list(listed) != names:
+        raise InputError(
+            f"{listed} names other classes than {colors}, {', '.join(names)}; make them the same, or remove it"
+        )
     for folder in (kept, made):
         if folder.exists():
             raise InputError(
@@ -1035,7 +1044,7 @@ def convert_masks(root, colors):
         raise
     os.replace(masks, kept)
     os.replace(made, masks)
-    (root / "classes.txt").write_text("\n".join(names) + "\n")
+    listed.write_text("\n".join(names) + "\n")
     print(f"wrote {len(painted)} masks and classes.txt; the painted ones are in {kept}")
 
 

@@ -169,6 +169,10 @@ def test_masks_are_converted_from_values_or_colors_and_the_painted_ones_are_kept
         D.main(["masks", "--root", str(root), "--colors", str(table)])
     assert not (root / "masks-converted").exists() and not (root / "masks-painted").exists()
     table.write_text(f"soil, {rows[0]}\nwheat,{rows[1]}\nignore,{rows[2]}\n")
+    (root / "classes.txt").write_text("soil\nmaize\n")
+    with pytest.raises(InputError, match="classes.txt names other classes than .*, soil, wheat; make them the same"):
+        D.main(["masks", "--root", str(root), "--colors", str(table)])
+    (root / "classes.txt").unlink()
     D.main(["masks", "--root", str(root), "--colors", str(table)])
     for name, mask in before.items():
         assert np.array_equal(np.asarray(Image.open(root / "masks" / "trip" / name)), np.where(mask == 2, 255, mask))
