@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -816,11 +817,15 @@ def test_no_step_waits_for_the_gpu(framework):
     teacher = ema_teacher(student)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, fused=True)
     batch = {name: value.to(device) for name, value in little_batch(size=64).items()}
+    run = object.__new__(T.Run)  # the part of it that takes down the losses
+    run.world, run.device, run.losses, run.arriving = 1, device, [], deque()
 
     def step(number):
+        run.step = number
         batch["strong"] = strong_views(batch["weak"], 0, range(4))
         with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = T.training_losses(student, teacher, batch, number, arguments(framework=framework), {}, rng)
+            loss, log = T.training_losses(student, teacher, batch, number, arguments(framework=framework), {}, rng)
+        run.note(log["losses"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -833,3 +838,6 @@ def test_no_step_waits_for_the_gpu(framework):
             step(number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    run.look_at_losses()
+    assert len(run.losses) == 4 and not run.arriving
