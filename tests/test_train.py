@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -494,6 +496,7 @@ def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(tmp_path, camvid_r
     for when, workers in ((3, 0), (8, 1)):  # in the middle of passes over the four unlabeled images
         process = started(out, "--root", camvid_root, "--save-every", 0, "--resume", "--workers", workers)
         wait_for(process, f"step {when:>2}/12")
+        time.sleep(random.uniform(0, 0.5))  # anywhere in a step, an evaluation, a checkpoint
         process.kill()
         process.wait()
         assert torch.load(out / "last.pth", weights_only=True)["step"] >= when - 1
@@ -503,13 +506,14 @@ def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(tmp_path, camvid_r
 
 
 def test_two_processes_go_on_by_themselves_when_one_dies_and_resume_when_both_do(tmp_path, camvid_root):
-    tree = ["--root", camvid_root, "--save-every", 0]
+    tree = ["--root", camvid_root, "--save-every", 0, "--eval-every", 4]
     script("train.py", *LONG, *tree, "--out", tmp_path / "whole", launcher=TWO_PROCESSES)
     out = tmp_path / "killed"
     process = started(out, *tree, launcher=[*TWO_PROCESSES, "--max-restarts=1"])
     wait_for(process, "step  3/12")
     os.kill(children(process.pid)[1], signal.SIGKILL)
     wait_for(process, "step  7/12")  # after the restart, from the last checkpoint
+    time.sleep(random.uniform(0, 0.5))
     for pid in [process.pid, *children(process.pid)]:  # torchrun first
         os.kill(pid, signal.SIGKILL)
     process.wait()
