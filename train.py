@@ -301,6 +301,7 @@ class Run:
         self.options = refinement_options(vars(args), self.prior)
         self.step, self.best, self.saved = 0, -math.inf, time.monotonic()
         self.losses, self.arriving, self.board = [], deque(), None
+        self.noticed, self.ending = [], None  # signals to this process; one that all processes know of
         if checkpoint:
             self.restore(checkpoint)
         self.student, self.predict = self.model.train(), self.teacher
@@ -433,10 +434,11 @@ class Run:
 
     def note(self, losses):
         """Takes down (loss, loss_x, loss_u) of the step in work, means over the processes; nothing waits for the device."""
+        losses = torch.cat((losses, losses.new_full((1,), len(self.noticed))))  # a signal to any process travels along
         if self.world > 1:
             dist.all_reduce(losses)
             losses /= self.world
-        self.losses.append(losses)
+        self.losses.append(losses[:3])
         arrived = torch.cuda.Event() if self.device.type == "cuda" else None
         self.arriving.append((self.step + 1, losses.to("cpu", non_blocking=True), arrived))
         if arrived:
@@ -444,15 +446,17 @@ class Run:
         self.look_at_losses()
 
     def look_at_losses(self):
-        """Raises InputError where one of the losses that have arrived from the device is not finite."""
+        """What note() took down and the device has sent. Raises InputError where a loss is not finite."""
         while self.arriving and (self.arriving[0][2] is None or self.arriving[0][2].query()):
-            step, (loss, *_), _ = self.arriving.popleft()
+            step, (loss, _, _, signals), _ = self.arriving.popleft()
             if not loss.isfinite():
                 rate = learning_rate(step - 1, self.args.iters, self.args.lr, self.args.power)
                 raise InputError(
                     f"the loss of step {step} is {loss.item()}, at --lr {rate:.3g} with the images {', '.join(self.seen(step))}; "
                     f"training stopped, {self.last_good()}; look at these images, or lower --lr and --head-lr"
                 )
+            if signals:
+                self.ending = signal.Signals(self.noticed[0]) if self.noticed else signal.SIGTERM
 
     def seen(self, step):
         """The ids of the batches of all processes in a step, 1 the first; from the seed, as the loader draws them."""
@@ -487,15 +491,14 @@ class Run:
 
 
 @contextmanager
-def noticed_signals():
-    """Yields a list that SIGTERM and SIGINT are appended to, in place of ending the process at once."""
-    noticed = []
+def noticed_signals(noticed):
+    """SIGTERM and SIGINT are appended to a list, in place of ending the process at once."""
     before = {
         number: signal.signal(number, lambda number, _: noticed.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield noticed
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -503,11 +506,16 @@ def noticed_signals():
 
 def train(run):
     """The loop: from run.step to --iters. SIGTERM and SIGINT save a checkpoint and end it with 128 + their number."""
-    with noticed_signals() as noticed:
-        steps(run, noticed)
+    with noticed_signals(run.noticed):
+        try:
+            steps(run)
+        except RuntimeError:
+            if run.rank == 0 or not run.ending:
+                raise
+            sys.exit(128 + run.ending)  # the first process has saved and left
 
 
-def steps(run, noticed):
+def steps(run):
     """See `train`."""
     args, optimizer = run.args, run.optimizer
     loader = training_loader(
@@ -552,12 +560,14 @@ def steps(run, noticed):
             paused += time.perf_counter() - since
             since = time.perf_counter()
         # After an evaluation, never before it: a run that is resumed would leave it out.
-        if run.rank == 0 and (noticed or time.monotonic() - run.saved > 60 * args.save_every):
+        if run.rank == 0 and (run.ending or time.monotonic() - run.saved > 60 * args.save_every):
             run.save("last.pth")
-        if run.rank == 0 and noticed:  # the other processes end with this one
-            name = signal.Signals(noticed[0]).name
-            print(f"{name}: saved step {run.step} to {run.out / 'last.pth'}; continue with --resume", file=sys.stderr)
-            sys.exit(128 + noticed[0])
+        if run.rank == 0 and run.ending:  # the other processes end with this one
+            print(
+                f"{run.ending.name}: saved step {run.step} to {run.out / 'last.pth'}; continue with --resume",
+                file=sys.stderr,
+            )
+            sys.exit(128 + run.ending)
     if run.rank == 0:
         last = run.out / "last.pth"
         say(table(result) if result else f"nothing to do: {last} is at step {first} of {args.iters}")

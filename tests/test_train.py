@@ -561,6 +561,17 @@ def test_a_signal_saves_a_checkpoint_and_says_so_in_the_exit_code(tmp_path, camv
     assert f"{number.name}: saved step {step} to " in said and "continue with --resume" in said
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_of_two_processes_saves_a_checkpoint_and_ends_both(tmp_path, camvid_root, rank):
+    process = started(tmp_path / "run", "--root", camvid_root, "--iters", 1000, launcher=TWO_PROCESSES)
+    wait_for(process, "step    3/1000")
+    os.kill(children(process.pid)[rank], signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
+    assert process.returncode and 3 <= step < 1000
+    assert f"SIGTERM: saved step {step} to " in said and "Connection closed" not in said
+
+
 @pytest.mark.parametrize("full", [True, False], ids=["full", "not to be written to"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full):
     monkeypatch.setattr("data.SHAPES_VAL", 1)
@@ -823,6 +834,7 @@ def test_no_step_waits_for_the_gpu(framework):
     batch = {name: value.to(device) for name, value in little_batch(size=64).items()}
     run = object.__new__(T.Run)  # the part of it that takes down the losses
     run.world, run.device, run.losses, run.arriving = 1, device, [], deque()
+    run.noticed, run.ending = [], None
 
     def step(number):
         run.step = number
