@@ -404,9 +404,10 @@ DATASETS = {
 def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val"), val=None):
     """Lists a dataset and cuts its training images into labeled and unlabeled ones.
 
-    labeled: "all", a list of image ids or a file of them, or a number N: the list splits/<name>/N.txt where there is one, else N images
-    evenly spaced over the sorted ids; of a folder, of the painted ones. unlabeled = the training images that are not labeled, by
-    construction. use: the parts that will be read. val: ids to validate on in place of the dataset's own, those of a run.
+    labeled: "all", a list of image ids or a file of them, or a number N: the list splits/<name>/N.txt where there is one,
+    else N images evenly spaced over the sorted ids; of a folder, of the painted ones. unlabeled = the training images that
+    are not labeled, by construction. use: the parts that will be read. val: ids to validate on in place of the dataset's
+    own, those of a run.
     Raises InputError for an unknown dataset, list or id, an empty folder, and for parts in use: missing images, missing
     masks (unlabeled images need none), and labeled masks of 0 and 255 alone.
     """
@@ -418,15 +419,7 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
         if not items[split]:
             raise InputError(f"--root {root} holds no {split} images of {name}; expected {split}/*.jpg or *.png")
     if val is not None:
-        known = {item.id: item for item in items["train"] + items["val"]}
-        gone = [id for id in val if id not in known]
-        if gone:
-            raise InputError(
-                f"{len(gone)} of the run's {len(val)} validation images are not under {root}, first {gone[0]}; put them back"
-            )
-        items["val"] = [known[id] for id in val]
-        taken = set(items["val"])
-        items["train"] = [item for item in items["train"] if item not in taken]
+        items |= _validate_on(val, items, root)
     values, classes, notes = spec.values, spec.classes, ()
     can_be_labeled = items["train"]
     if name == "folder":
@@ -447,23 +440,45 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
         notes,
     )
     for part in use:
-        members = getattr(data, part)
-        for kind in ("image",) if part == "unlabeled" else ("image", "mask"):
-            missing = [item.id for item in members if getattr(item, kind) is None]
-            if missing:
-                raise InputError(
-                    f"{len(missing)} of {len(members)} {part} images of {name} have no {kind} under {root}, first "
-                    f"{', '.join(missing[:3])}; {spec.get}"
-                )
+        _expect_files(data, part, root, ("image",) if part == "unlabeled" else ("image", "mask"))
     if "labeled" in use:
-        sample = data.labeled[:: max(1, len(data.labeled) // 8)]
-        seen = [set(np.unique(read(item, data)[1])) for item in sample]
-        if set().union(*seen) == {0, IGNORE}:
-            raise InputError(
-                f"the labeled masks of {name} hold 0 and 255 alone (looked at {len(seen)}, first {sample[0].mask}), and 255 means "
-                "ignore; expected class indices, so write 1 where the masks say 255"
-            )
+        _expect_classes(data)
     return data
+
+
+def _validate_on(ids, items, root):
+    """{"train", "val"} with the ids as validation images. Raises InputError where one of them is gone."""
+    known = {item.id: item for item in items["train"] + items["val"]}
+    gone = [id for id in ids if id not in known]
+    if gone:
+        raise InputError(
+            f"{len(gone)} of the run's {len(ids)} validation images are not under {root}, first {gone[0]}; put them back"
+        )
+    taken = set(ids)
+    return {"train": [item for item in items["train"] if item.id not in taken], "val": [known[id] for id in ids]}
+
+
+def _expect_files(data, part, root, kinds):
+    """Raises InputError where images of a part have no file of one of the kinds."""
+    members = getattr(data, part)
+    for kind in kinds:
+        missing = [item.id for item in members if getattr(item, kind) is None]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(members)} {part} images of {data.name} have no {kind} under {root}, first "
+                f"{', '.join(missing[:3])}; {DATASETS[data.name].get}"
+            )
+
+
+def _expect_classes(data):
+    """Raises InputError where a few of the labeled masks hold 0 and 255 alone."""
+    sample = data.labeled[:: max(1, len(data.labeled) // 8)]
+    seen = [set(np.unique(read(item, data)[1])) for item in sample]
+    if set().union(*seen) == {0, IGNORE}:
+        raise InputError(
+            f"the labeled masks of {data.name} hold 0 and 255 alone (looked at {len(seen)}, first {sample[0].mask}), and 255 means "
+            "ignore; expected class indices, so write 1 where the masks say 255"
+        )
 
 
 def folder_notes(root, items, classes):

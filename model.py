@@ -79,9 +79,9 @@ class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
     backbone: one of BACKBONES; output_stride 16 or 8; weights: see `resnet`.
-    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32; without upsample (B,num_classes,H/4,W/4),
-    which is where they are decided. In training mode B must be at least 2,
-    because ASPP's image pooling has BatchNorm on a single pixel per image.
+    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32; without upsample
+    (B,num_classes,H/4,W/4), which is where they are decided. In training mode B must be at least 2, because ASPP's image
+    pooling has BatchNorm on a single pixel per image.
     """
 
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
@@ -106,7 +106,9 @@ class DeepLabV3Plus(nn.Module):
         deep = net.layer4(net.layer3(net.layer2(low)))  # (B,2048,H/16,W/16); 512 likewise
         low = self.low_level(low)
         context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")
-        logits = self.classifier(self.decoder(torch.cat([context, low], 1))).float()  # bfloat16 would tie the margins
+        logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
+        # float32, because bfloat16 would tie the margins; class after class, as all that follows goes through them.
+        logits = logits.float().contiguous()
         return F.interpolate(logits, size=x.shape[-2:], mode="bilinear") if upsample else logits
 
 

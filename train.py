@@ -170,8 +170,9 @@ def training_losses(student, teacher, batch, step, args, options, rng):
     """Eqs. 1-3 for one batch, Sec. 3.3 in its own order: (loss, what the log needs).
 
     student, teacher: (B,3,H,W) -> logits (B,C,H,W); batch: see data.TrainingViews; options: of `pseudo_labels`; rng: a
-    NumPy generator for CutMix. batch["strong"], for "fixmatch", is like batch["weak"]; batch["truth"] is not touched. The log holds "losses", Eqs. 1, 2 and 3 detached, and where
-    there are pseudo-labels "prob", the teacher's (B,C,H,W), and "pseudo".
+    NumPy generator for CutMix. batch["strong"], for "fixmatch", is like batch["weak"]; batch["truth"] is not touched.
+    The log holds "losses", Eqs. 1, 2 and 3 detached, and where there are pseudo-labels "prob", the teacher's (B,C,H,W),
+    and "pseudo".
     """
     x, y = normalize(batch["x"]), batch["y"]
     if args.framework == "supervised" or step < args.warmup_steps:

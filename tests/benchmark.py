@@ -225,10 +225,10 @@ def base_point(device):
     return ("resnet101", 21, 513, 3) if device.type == "cuda" else ("resnet18", 21, 128, 4)
 
 
-def trainer(backbone, classes, device, amp, loss_of):
+def trainer(backbone, classes, device, amp, loss_of, layout=torch.channels_last):
     """A function that does train.py's whole step on networks of its own; loss_of: (student, teacher, rng) -> loss."""
     cuda, together = device.type == "cuda", dist.is_initialized()
-    model = DeepLabV3Plus(backbone, classes).to(device, memory_format=torch.channels_last).train()
+    model = DeepLabV3Plus(backbone, classes).to(device, memory_format=layout).train()
     if together and cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     teacher = ema_teacher(model)
@@ -262,11 +262,12 @@ def benchmark_step(device, peer):
     batch = random_batch(batch_size, classes, crop, device)
 
     of = partial(trainer, backbone, classes, device)
+    theirs = partial(of, False, layout=torch.contiguous_format)  # fp32 and PyTorch's default layout, as in their code
     rivals = {
         "S4MC": of(cuda, s4mc_loss(batch)),
         "S4MC, no refinement, fixed threshold": of(cuda, s4mc_loss(batch, refinement=False, threshold=0.0)),
         "labeled images alone": of(cuda, s4mc_loss(batch, "supervised")),
-        "authors' order": of(False, lambda student, teacher, rng: authors_step(student, teacher, batch, rng, peer)),
+        "authors' order": theirs(lambda student, teacher, rng: authors_step(student, teacher, batch, rng, peer)),
     }
     peaks = {name: peak_memory(rival, device) for name, rival in rivals.items()}
     product, product_operations = large_product(device, torch.bfloat16 if cuda else torch.float32)
@@ -335,6 +336,10 @@ class PlainViews:
         image, mask = self.weak()
         return self.normalize(image), torch.from_numpy(np.array(mask)).long()
 
+    def labeled_strongly(self):
+        image, mask = self.weak()
+        return self.strong(image), torch.from_numpy(np.array(mask)).long()
+
     def both(self):
         image, mask = self.weak()
         return self.normalize(image), self.strong(image), torch.from_numpy(np.array(mask)).long()
@@ -362,6 +367,7 @@ def benchmark_loader(device, peer):
             rivals = {
                 "decoding image and mask": lambda: D.read(item, data),
                 "plain, labeled": plain.labeled,
+                "plain, labeled, with colors": plain.labeled_strongly,
                 "plain, weak and strong": plain.both,
                 "S4MC, labeled": lambda: views[next(numbers)],
                 "S4MC, labeled and weak": lambda: both[next(numbers)],

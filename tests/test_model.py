@@ -101,3 +101,9 @@ def test_the_teacher_is_the_closed_form_of_the_moving_average():
         assert teacher.module[0].weight.item() == pytest.approx(expected)
         assert teacher.module[1].running_mean.item() == 10 * value  # statistics are copied
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("upsample", [True, False])
+def test_logits_lie_class_after_class_whatever_the_layout_of_the_network(upsample):
+    model = DeepLabV3Plus("resnet10", 5).eval().to(memory_format=torch.channels_last)
+    assert model(torch.rand(2, 3, 64, 64), upsample=upsample).is_contiguous()
