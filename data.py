@@ -606,18 +606,18 @@ def random_view(image, mask, crop, scales, rng):
     the mask is 255. Only the part of the image that the crop shows is resized.
     """
     scale = rng.uniform(*scales)
-    full = [max(1, round(side * scale)) for side in image.size]  # width, height
-    start = [int(rng.integers(min(0, side - crop), max(0, side - crop) + 1)) for side in full]  # < 0: padding before
-    low = [max(s, 0) for s in start]
-    high = [min(s + crop, side) for s, side in zip(start, full)]
-    factor = [original / side for original, side in zip(image.size, full)]
-    box = (low[0] * factor[0], low[1] * factor[1], high[0] * factor[0], high[1] * factor[1])
-    size = (high[0] - low[0], high[1] - low[1])
-    window = (..., slice(low[1] - start[1], high[1] - start[1]), slice(low[0] - start[0], high[0] - start[0]))
+    shown = [min(side, round(crop / scale)) for side in image.size]  # width and height, in pixels of the image
+    size = [  # in pixels of the view
+        crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)
+    ]
+    left, top = (int(rng.integers(side - part + 1)) for part, side in zip(shown, image.size))
+    x, y = (int(rng.integers(crop - side + 1)) for side in size)  # > 0: padding before
+    window = (..., slice(y, y + size[1]), slice(x, x + size[0]))
 
     view = torch.tensor([round(255 * mean) for mean in MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
-    view[window] = VF.pil_to_tensor(image.resize(size, Image.Resampling.BILINEAR, box))
+    view[window] = VF.resized_crop(VF.pil_to_tensor(image), top, left, shown[1], shown[0], size[::-1], antialias=True)
     label = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
+    box = (left, top, left + shown[0], top + shown[1])
     label[window] = VF.pil_to_tensor(mask.resize(size, Image.Resampling.NEAREST, box))[0]
     valid = torch.zeros(crop, crop, dtype=torch.bool)
     valid[window] = True

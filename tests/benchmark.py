@@ -346,11 +346,14 @@ class PlainViews:
 
 
 def benchmark_loader(device, peer):
-    """One worker's samples per second, from files, beside the plain pipeline."""
+    """One worker's time for a sample, from files, beside the plain pipeline; a round is a row of samples."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        for name, suffix, size, crop in (("PASCAL", "jpg", (500, 375), 513), ("Cityscapes", "png", (2048, 1024), 769)):
+        for name, suffix, size, crop, samples in (
+            ("PASCAL", "jpg", (500, 375), 513, 30),
+            ("Cityscapes", "png", (2048, 1024), 769, 5),
+        ):
             image, mask = photograph(*size, rng)
             item = D.Item(name, Path(folder) / f"{name}.{suffix}", Path(folder) / f"{name}-mask.png")
             image.save(item.image, quality=90)
@@ -373,7 +376,9 @@ def benchmark_loader(device, peer):
                 "S4MC, labeled and weak": lambda: both[next(numbers)],
                 "S4MC, labeled, weak and strong on the CPU": strong,
             }
-            show(f"loader, {name}-like {size[0]} x {size[1]}, crop {crop}", measured(rivals, torch.device("cpu"), 30))
+            rows = {name: lambda one=one: [one() for _ in range(samples)] for name, one in rivals.items()}
+            seconds = measured(rows, torch.device("cpu"))
+            show(f"loader, {name}-like {size[0]} x {size[1]}, crop {crop}, a sample", seconds, 1e3 / samples)
     if device.type == "cuda":
         weak = torch.randint(0, 256, (8, 3, 513, 513), dtype=torch.uint8, device=device)
         show(
@@ -563,12 +568,12 @@ BENCHMARKS = {
 }
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=BENCHMARKS, help="one of the tables; default: all")
     parser.add_argument("--peer", type=Path, help="a checkout of github.com/s4mcontext/s4mc, run beside")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device, threads = torch.device(args.device), torch.get_num_threads()
     name = (
         torch.cuda.get_device_name()

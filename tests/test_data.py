@@ -9,7 +9,8 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import data as D
 from data import (
@@ -126,19 +127,32 @@ def test_a_view_keeps_image_and_mask_together_and_marks_its_padding():
         assert torch.equal(label.long()[inside], expected[inside])
 
 
-def test_a_view_is_the_crop_of_the_whole_resized_image():
+def test_a_view_is_a_part_of_the_image_resized_as_pillow_does():
     image, mask = numbered_image(200, 160)
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        view, _, valid = random_view(image, mask, 64, (0.5, 2.0), rng)
+        view, label, valid = random_view(image, mask, 64, (0.5, 2.0), rng)
         rng = np.random.default_rng(seed)
-        scale = rng.uniform(0.5, 2.0)
-        width, height = round(200 * scale), round(160 * scale)
-        left, top = (int(rng.integers(0, side - 64 + 1)) for side in (width, height))
-        whole = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[top : top + 64, left : left + 64]
-        whole = torch.from_numpy(whole.copy()).permute(2, 0, 1)
-        whole = whole.flip(-1) if rng.random() < 0.5 else whole
-        assert valid.all() and (view.int() - whole.int()).abs().max() <= 1
+        side = round(64 / rng.uniform(0.5, 2.0))
+        left, top = int(rng.integers(200 - side + 1)), int(rng.integers(160 - side + 1))
+        rng.integers(1, size=2)  # no padding
+        flip = rng.random() < 0.5
+        for one, other, kind in ((view, image, "BILINEAR"), (label[None], mask, "NEAREST")):
+            part = other.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling[kind])
+            part = pil_to_tensor(ImageOps.mirror(part) if flip else part)
+            assert (one.int() - part.int()).abs().max() <= (kind == "BILINEAR")
+        assert valid.all()
+
+
+@pytest.mark.parametrize("width, height", [(30, 200), (1, 7), (65, 64), (128, 31)])
+def test_odd_sizes_give_whole_views(width, height):
+    image, mask = numbered_image(width, height)
+    for seed in range(30):
+        view, label, valid = random_view(image, mask, 64, (0.5, 2.0), np.random.default_rng(seed))
+        scale = np.random.default_rng(seed).uniform(0.5, 2.0)
+        rows, columns = valid.any(1).sum().item(), valid.any(0).sum().item()
+        assert valid.sum() == rows * columns and torch.equal(label == 255, ~valid)
+        assert abs(rows - min(64, height * scale)) <= 1 and abs(columns - min(64, width * scale)) <= 1
 
 
 def test_scales_and_flips_are_spread_as_promised():

@@ -7,6 +7,7 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,12 @@ def test_every_command_runs(little_world, capsys):
                     if int(path.stem) > 4 and int(path.stem) not in (20, 101, 102, 480, 481):
                         path.unlink()
     assert len(done) > 30
+
+
+def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    benchmark.main(["--only", "evaluation", "--device", "cpu"])
+    assert re.search(r"confusion matrix +\d+\.\d+ ms .* x histograms on the host", capsys.readouterr().out)
 
 
 def test_the_lines_for_other_code_run():
