@@ -532,6 +532,14 @@ def predicted(model, image, device, protocol, options):
     return mask, sure
 
 
+def overlay_by_blocks(image, mask):
+    """`overlay` of an image of any size, without more memory than a block takes."""
+    picture = torch.empty_like(image)
+    for window, keep in blocks(*mask.shape):
+        picture[window][keep] = overlay(image[window][keep], mask[window][keep], 1, 0.5)
+    return picture
+
+
 def predict_folder(model, folder, out, device, protocol, options, colors, with_confidence, workers, rank, world):
     """Writes a mask for each image in and below a folder: out/<path>.png; overlays and confidence maps in folders beside it.
 
@@ -548,7 +556,7 @@ def predict_folder(model, folder, out, device, protocol, options, colors, with_c
             continue
         mask, sure = predicted(model, image, device, protocol, options)
         for kind in ("overlays", "confidence")[: 1 + with_confidence]:
-            picture = overlay(image, mask, 1, 0.5) if kind == "overlays" else sure[None]
+            picture = overlay_by_blocks(image, mask) if kind == "overlays" else sure[None]
             (beside[kind] / id).parent.mkdir(parents=True, exist_ok=True)
             VF.to_pil_image(picture).save(beside[kind] / f"{id}.png")
         save_mask(mask.numpy(), out / f"{id}.png", colors)  # last, because it says that this image is done
@@ -673,11 +681,17 @@ def stop_on_input_error(main):
         end = str(error)
     except RuntimeError as error:
         end = dead_worker(error) or traceback.format_exc()
-    if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
-        dist.destroy_process_group()
     if end and sys.stdout.isatty():
         print()  # below the live line
-    sys.exit(f"{Path(sys.argv[0]).name}: {end}" if isinstance(end, str) else end)
+    if isinstance(end, str):
+        print(f"{Path(sys.argv[0]).name}: {end}", file=sys.stderr)
+        end = 1
+    if dist.is_initialized():  # after the traceback is gone: gloo hangs where the group goes before what uses it
+        if end and dist.get_backend() == "nccl":  # its teardown would wait for processes that wait for this one
+            sys.stdout.flush()
+            os._exit(end)
+        dist.destroy_process_group()
+    sys.exit(end)
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -737,6 +751,10 @@ def parse_args(argv=None):
         parser.error("--images and --masks belong together: what to predict, and where the masks go")
     if not args.images and (args.confidence or args.threshold is not None):
         parser.error("--confidence and --threshold are for new images; expected --images and --masks beside them")
+    if args.threshold is not None and not args.pseudo_labels:
+        parser.error("--threshold says which pixels get a pseudo-label; expected --pseudo-labels beside it")
+    if args.images and (args.json or args.panels or args.figures):
+        parser.error("new images have no truth to score; expected --images without --json, --panels and --figures")
     return args
 
 
@@ -835,7 +853,8 @@ def main(argv=None):
         sharing = (protocol, args.workers, rank, world)
         result = pseudo_label_report(model, data, items, device, run["alpha0"], options, *sharing)
         quantile = f"the {run['alpha0']:.0%} quantile of the raw confidences"
-        text = f"threshold: {options['threshold'] or quantile}\n{report_table(result)}"
+        fixed = options["threshold"]
+        text = f"threshold: {quantile if fixed is None else fixed}\n{report_table(result)}"
     else:
         result = evaluate(model, data, items, device, protocol, args.workers, rank, world)
         text = table(result)

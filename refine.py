@@ -212,7 +212,7 @@ def dpa_threshold(conf, alpha, valid=None):
     # which add up over processes, hold any number of pixels, and never wait for the device.
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
-    bits = conf.detach().float().reshape(-1, conf.shape[-1] if conf.dim() else 1).view(torch.int32)
+    bits = conf.detach().float().reshape(-1, max(1, conf.shape[-1]) if conf.dim() else 1).view(torch.int32)
     bits = bits ^ ((bits >> 31) & (2**31 - 1))  # signed order of these bits = order of the floats
     count = torch.full((), bits.numel(), device=bits.device)
     if valid is not None:
@@ -289,10 +289,13 @@ def _both_after(raw, refined, prob, c, plan, kind):
     return raw, refined
 
 
-def use_compiler():
-    """Compiles `pseudo_labels` from now on: half a minute at the first call, for any number of classes."""
-    global _both_after
-    _both_after = torch.compile(_both_after, dynamic=False)
+_COMPILED = {}  # by shape of prob
+
+
+def use_compiler(shape):
+    """Compiles `pseudo_labels` of probabilities of one shape (B,C,H,W), at the next call; other shapes stay as they were."""
+    # For one shape alone: the compiler gives up on a function after eight, and pictures of odd sizes are not worth the wait.
+    _COMPILED[tuple(shape)] = torch.compile(_both_after, dynamic=False)
 
 
 @torch.no_grad()
@@ -309,10 +312,10 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, ref
     if not refinement:
         plan = plan._replace(grid=[])
     raw, refined = _Ranking.of_nothing(prob, labels=False), _Ranking.of_nothing(prob, labels=True)
-    zero = torch.zeros((), device=prob.device)
+    zero, both_after = torch.zeros((), device=prob.device), _COMPILED.get(prob.shape, _both_after)
     for c in range(0, prob.shape[1], CLASSES_AT_ONCE):
         some = slice(c, c + CLASSES_AT_ONCE)
-        raw, refined = _both_after(raw, refined, prob[:, some], zero + c, plan._replace(floors=plan.floors[some]), kind)
+        raw, refined = both_after(raw, refined, prob[:, some], zero + c, plan._replace(floors=plan.floors[some]), kind)
     if threshold is None:
         threshold = dpa_threshold(raw.confidence(kind), alpha, valid)
     conf = refined.confidence(kind)

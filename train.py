@@ -197,14 +197,20 @@ def training_losses(student, teacher, batch, step, args, options, rng):
 
 
 def environment():
-    """Versions and commit, for args.json."""
+    """Versions, commit and launch, for args.json."""
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = git.stdout.strip() or None
     except OSError:  # git is not installed
         commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return versions | {"commit": commit}
+    return versions | {"commit": commit, "launch": launch()}
+
+
+def launch():
+    """torchrun's own name for this launch, None without it; on one machine with its process, for the name may be "none"."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{name} {os.getppid()}" if os.environ.get("GROUP_WORLD_SIZE") == "1" else name
 
 
 def write_aside(path, text):
@@ -270,8 +276,7 @@ class Run:
         self.rank, self.world, self.device = start_processes(args.device)
         fill_presets(args, self.device)
         self.args, self.out = args, Path(args.out)
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun --max-restarts, after a process died
-            args.resume = True
+        args.resume = args.resume or self.restarted()
         use = ("labeled", "val") if args.framework == "supervised" else ("labeled", "unlabeled", "val")
         self.data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use)
         if args.dataset == "folder":
@@ -310,7 +315,14 @@ class Run:
             self.student = DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.compile:
             self.student, self.predict = torch.compile(self.student), torch.compile(self.teacher)
-            use_compiler()
+            use_compiler((args.batch_size, len(self.data.classes), args.crop, args.crop))
+
+    def restarted(self):
+        """Whether torchrun --max-restarts starts this run again, because a process of it died."""
+        if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            return False
+        file = self.out / "args.json"  # of another launch: a folder that the first attempt refused
+        return not file.exists() or json.loads(file.read_text()).get("launch") == launch()
 
     def find_checkpoint(self):
         """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
@@ -346,8 +358,15 @@ class Run:
 
     def open_folder(self):
         """Makes --out, writes args.json, and drops the lines of metrics.jsonl that will be written again."""
-        if self.world > 1:
-            dist.barrier()  # every process has looked for a checkpoint before one of them writes
+        if self.world > 1:  # every process has looked for a checkpoint before one of them writes
+            steps = torch.tensor([self.step, -self.step], device=self.device)
+            dist.all_reduce(steps, dist.ReduceOp.MIN)
+            first, last = steps[0].item(), -steps[1].item()
+            if first != last:
+                raise InputError(
+                    f"--resume: some processes find {self.out} at step {first}, others at {last}; expected one folder "
+                    "that all machines see; put --out there"
+                )
         if self.rank == 0:
             if self.args.tensorboard:  # purge_step: what an earlier part of the run wrote past its checkpoint
                 self.board = summary_writer()(self.out / "tensorboard", purge_step=self.step + 1)
@@ -412,13 +431,14 @@ class Run:
         if self.board:
             show_on_board(self.board, record)
 
-    def log(self, log, batch, seconds):
-        """One training line: means since the last one, figures of the last batch. Waits for the device."""
+    def log(self, log, batch, since):
+        """One training line: means since the last one and its time, figures of the last batch. Waits for the device."""
         args = self.args
         record = {"event": "train", "step": self.step, "epoch": self.step / args.steps_per_epoch}
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         record["loss"], record["loss_x"], loss_u = torch.stack(self.losses).mean(0).tolist()
-        self.look_at_losses()
+        seconds = time.perf_counter() - since
+        self.look_at_losses(waiting=0)
         if "pseudo" in log:
             record["loss_u"] = loss_u
             record["alpha"] = dpa_alpha(self.step - 1, args.iters, args.alpha0)
@@ -444,12 +464,19 @@ class Run:
         self.arriving.append((self.step + 1, losses.to("cpu", non_blocking=True), arrived))
         if arrived:
             arrived.record()
-        self.look_at_losses()
+        self.look_at_losses(waiting=2 if arrived else 0)
 
-    def look_at_losses(self):
-        """What note() took down and the device has sent. Raises InputError where a loss is not finite."""
-        while self.arriving and (self.arriving[0][2] is None or self.arriving[0][2].query()):
-            step, (loss, _, _, signals), _ = self.arriving.popleft()
+    def look_at_losses(self, waiting):
+        """Those that note() took down, but for the last `waiting`. Raises InputError where a loss is not finite.
+
+        A fixed number, and no look at what has arrived, lets all processes stop at the same step. The device is two steps
+        ahead of what is waited for, so it never stands still.
+        """
+        while len(self.arriving) > waiting:
+            step, losses, arrived = self.arriving.popleft()
+            if arrived:
+                arrived.synchronize()
+            loss, _, _, signals = losses
             if not loss.isfinite():
                 rate = learning_rate(step - 1, self.args.iters, self.args.lr, self.args.power)
                 raise InputError(
@@ -481,7 +508,7 @@ class Run:
         if self.rank == 0:
             self.write({"event": "val", "step": self.step, "epoch": self.step / args.steps_per_epoch} | result)
             say(f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}")
-            for name in ("last.pth", "best.pth")[: 1 + improved]:
+            for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
                 self.save(name)
             alpha = dpa_alpha(self.step, args.iters, args.alpha0)
             sheet = panel(self.teacher, data, panel_items(data), self.device, alpha, self.options)
@@ -508,12 +535,7 @@ def noticed_signals(noticed):
 def train(run):
     """The loop: from run.step to --iters. SIGTERM and SIGINT save a checkpoint and end it with 128 + their number."""
     with noticed_signals(run.noticed):
-        try:
-            steps(run)
-        except RuntimeError:
-            if run.rank == 0 or not run.ending:
-                raise
-            sys.exit(128 + run.ending)  # the first process has saved and left
+        steps(run)
 
 
 def steps(run):
@@ -551,7 +573,7 @@ def steps(run):
         run.step = step + 1
         evaluating = run.step == args.iters or run.step % (args.eval_every * args.steps_per_epoch) == 0
         if run.step % args.log_every == 0 or evaluating:
-            record = run.log(log, batch, time.perf_counter() - since)
+            record = run.log(log, batch, since)
             since = time.perf_counter()
             if run.rank == 0:
                 seconds_per_step = (since - began - paused) / (run.step - first)
@@ -563,11 +585,12 @@ def steps(run):
         # After an evaluation, never before it: a run that is resumed would leave it out.
         if run.rank == 0 and (run.ending or time.monotonic() - run.saved > 60 * args.save_every):
             run.save("last.pth")
-        if run.rank == 0 and run.ending:  # the other processes end with this one
-            print(
-                f"{run.ending.name}: saved step {run.step} to {run.out / 'last.pth'}; continue with --resume",
-                file=sys.stderr,
-            )
+        if run.ending:
+            if run.rank == 0:
+                saved = f"saved step {run.step} to {run.out / 'last.pth'}"
+                print(f"{run.ending.name}: {saved}; continue with --resume", file=sys.stderr)
+            if run.world > 1:
+                dist.barrier()  # torchrun ends all processes as soon as one has ended
             sys.exit(128 + run.ending)
     if run.rank == 0:
         last = run.out / "last.pth"

@@ -326,10 +326,26 @@ def test_nothing_is_overwritten_nothing_is_skipped_silently(tmp_path, mine, caps
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
             predicted(mine[1], images_, tmp_path / masks)
-    with pytest.raises(SystemExit):
-        E.parse_args(["last.pth", "--images", "x"])
-    with pytest.raises(SystemExit):
-        E.parse_args(["last.pth", "--threshold", "0.5"])
+    new = ["--images", "x", "--masks", "y"]
+    for options in (["--images", "x"], ["--threshold", "0.5"], [*new, "--threshold", "0.5"], [*new, "--json", "z"]):
+        with pytest.raises(SystemExit):
+            E.parse_args(["last.pth", *options])
+
+
+def test_pseudo_labels_of_broken_images_alone_name_each(tmp_path, mine, capsys):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "photo.jpg").write_bytes(b"broken")
+    with pytest.raises(InputError, match="1 images could not be read"):
+        predicted(mine[1], tmp_path / "new", tmp_path / "out", "--pseudo-labels")
+    assert "photo.jpg could not be read" in capsys.readouterr().err
+
+
+def test_an_overlay_by_blocks_is_the_overlay(monkeypatch):
+    monkeypatch.setattr(E, "BLOCK", 16)
+    monkeypatch.setattr(E, "MARGIN", 4)
+    image, mask = torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), torch.randint(0, 4, (50, 37)).to(torch.uint8)
+    mask[:20, :20] = 255
+    assert torch.equal(E.overlay_by_blocks(image, mask), E.overlay(image, mask, 1, 0.5))
 
 
 def test_two_processes_predict_what_one_does(tmp_path, mine):

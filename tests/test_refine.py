@@ -285,6 +285,11 @@ def test_wrong_options_get_one_sentence(call, says):
     assert says in str(error.value)
 
 
+def test_the_threshold_of_no_pixel_lets_none_pass():
+    assert dpa_threshold(torch.zeros(0), 0.4) == torch.inf
+    assert dpa_threshold(torch.zeros(2, 3), 0.4, torch.zeros(2, 3, dtype=torch.bool)) == torch.inf
+
+
 def test_refine_py_works_alone(tmp_path):
     (tmp_path / "refine.py").write_text((ROOT / "refine.py").read_text())
     code = "import torch, refine; print(refine.pseudo_labels(torch.rand(1, 3, 4, 4).softmax(1), 0.4).label.shape)"
@@ -301,7 +306,7 @@ def test_compiled_pseudo_labels_are_the_same():
 import torch, refine
 prob = torch.randn(2, 11, 20, 23, generator=torch.Generator().manual_seed(0)).softmax(1)
 plain = refine.pseudo_labels(prob, 0.3)
-refine.use_compiler()
+refine.use_compiler(prob.shape)
 compiled = refine.pseudo_labels(prob, 0.3)
 torch.testing.assert_close(compiled.confidence, plain.confidence)
 assert (compiled.label == plain.label).float().mean() > 0.99 and (plain.label != 255).float().mean() > 0.6
