@@ -454,7 +454,7 @@ class Run:
         return record
 
     def note(self, losses):
-        """Takes down (loss, loss_x, loss_u) of the step in work, means over the processes; nothing waits for the device."""
+        """Takes down (loss, loss_x, loss_u) of the step in work, means over the processes; the device never stands still."""
         losses = torch.cat((losses, losses.new_full((1,), len(self.noticed))))  # a signal to any process travels along
         if self.world > 1:
             dist.all_reduce(losses)
@@ -469,8 +469,8 @@ class Run:
     def look_at_losses(self, waiting):
         """Those that note() took down, but for the last `waiting`. Raises InputError where a loss is not finite.
 
-        A fixed number, and no look at what has arrived, lets all processes stop at the same step. The device is two steps
-        ahead of what is waited for, so it never stands still.
+        A fixed number, and no look at what has arrived, lets all processes stop at the same step. With two of them left
+        the device still has work to do while the host waits for the one before.
         """
         while len(self.arriving) > waiting:
             step, losses, arrived = self.arriving.popleft()
