@@ -19,6 +19,7 @@ import http.client
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import urllib.request
@@ -277,7 +278,8 @@ def list_folder(root, lists):
         if not set(ids) <= set(known):
             unknown = next(id for id in ids if id not in known)
             raise InputError(
-                f"{root / 'val.txt'} names {unknown}, and there is no images/{unknown}.*; correct the list"
+                f"{root / 'val.txt'} names {unknown}, and there is no images/{unknown}.*; correct the list: "
+                "one name per line, without suffix"
             )
         val = [known[id] for id in ids]
     else:
@@ -321,9 +323,10 @@ def folder_classes(root, masks):
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             histograms = pool.map(lambda mask: _decode(mask, "index").histogram(), masks)
-            counts = np.sum(list(reported(histograms, len(masks), "masks looked at")), 0)
+            histograms = np.array(list(reported(histograms, len(masks), "masks looked at")))
     except InputError as error:
         raise InputError(f"{error}; {mend}") from error
+    counts = histograms.sum(0)
     found = [value for value in np.flatnonzero(counts).tolist() if value != IGNORE]
     values = f"the {len(masks)} masks in {root} hold the values {', '.join(map(str, np.flatnonzero(counts)[:12]))}"
     if found in ([], [0]) and counts[IGNORE]:
@@ -331,9 +334,13 @@ def folder_classes(root, masks):
             f"{values} alone, and 255 means ignore; expected class indices from 0; write the lines background,0 and "
             f"object,255 into classes.csv: {CONVERT.format(root)} converts them"
         )
+    if found in ([], [0]):
+        raise InputError(f"{values} alone; expected two classes or more, as indices from 0; paint the others")
     if names and found[-1] >= len(names):
+        odd = np.flatnonzero(histograms[:, len(names) : IGNORE].any(1))
         raise InputError(
-            f"{values}, and {file} names {len(names)} classes, 0 to {len(names) - 1}; name the others, or {mend}"
+            f"{values}, and {file} names {len(names)} classes, 0 to {len(names) - 1}; {len(odd)} masks hold more, first "
+            f"{masks[odd[0]]}; repaint them, name the other classes, or {mend}"
         )
     if not names and (found[0] > 0 or 2 * len(found) <= found[-1]):
         raise InputError(
@@ -544,7 +551,7 @@ def _decode(path, mode):
             stored = image.mode
             image = ImageOps.exif_transpose(image).convert("RGB") if mode == "RGB" else image.copy()
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
-        raise InputError(f"{path} could not be read ({error}); replace the file or take its id off the list") from error
+        raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
     if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
         raise InputError(
             f"{path} is a {stored} image, with more than 8 bits per pixel; convert it to 8 bits per channel"
@@ -742,7 +749,14 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
         )
     views = TrainingViews(data, crop, framework, seed)
     batches = [draws(t, batch_size, rank, world) for t in steps]
-    return DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        views, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_outlast_sigterm
+    )
+
+
+def _outlast_sigterm(worker):
+    """Schedulers signal all processes at once; the run still has a step to finish, and ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batches(loader):
@@ -1027,11 +1041,13 @@ def convert_masks(root, colors):
             raise InputError(
                 f"{masks} holds {len(pixels)} colors; expected one for each class, without blending (PNG, no JPEG)"
             )
-        ignored = by_value and pixels.pop(IGNORE, None)
+        ignored = by_value and not set(pixels) <= {0, IGNORE} and pixels.pop(IGNORE, None)
         lines = [f"class {i},{code_text(int(code), by_value)}" for i, (code, _) in enumerate(pixels.most_common())]
         print("\n".join(lines + [f"ignore,{IGNORE}"] * bool(ignored)))
         return
     codes, names, by_value = read_colors(Path(colors))
+    if len(names) < 2:
+        raise InputError(f"{colors} names {len(names)} classes; expected two or more, beside ignore")
     listed = root / "classes.txt"
     if listed.exists() and id_list(listed) != names:
         raise InputError(

@@ -582,7 +582,8 @@ PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; 
 def load_checkpoint(path):
     """The dictionary that train.py saved. Nothing in the file is executed. Raises InputError."""
     if not Path(path).is_file():
-        raise InputError(f"checkpoint {path} is not there; expected the last.pth or best.pth of a run")
+        found = "is a folder" if Path(path).is_dir() else "is not there"
+        raise InputError(f"checkpoint {path} {found}; expected the last.pth or best.pth of a run")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
@@ -620,6 +621,8 @@ def items_to_score(data, part, root):
     """Items of "val", "test", "train" or "unlabeled" that have image and mask. Raises InputError where too few do."""
     items = data.labeled + data.unlabeled if part == "train" else getattr(data, part)
     whole = [item for item in items if None not in (item.image, item.mask)]
+    if not items:
+        raise InputError(f"{data.name} has no {part} images; expected another --split, val or train")
     if not whole or (part in ("val", "test") and len(whole) < len(items)):
         raise InputError(
             f"{len(whole)} of the {len(items)} {part} images of {data.name} have image and mask under {root}; expected "

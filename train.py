@@ -378,6 +378,12 @@ class Run:
             (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
             for note in (*self.data.notes, json.dumps(vars(self.args))):
                 say(note)
+            if self.args.resume:
+                say(
+                    f"going on with {self.out} after step {self.step}"
+                    if self.step
+                    else f"{self.out} has no checkpoint: step 0"
+                )
             if self.args.framework != "supervised" and self.args.warmup_steps >= self.args.iters:
                 steps = f"the warm-up of {self.args.warmup_steps} steps outlasts the run of {self.args.iters}"
                 say(f"note: {steps}, so no unlabeled image will be used; see --warmup-epochs")

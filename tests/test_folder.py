@@ -134,7 +134,10 @@ def test_other_mistakes_in_a_folder_get_a_sentence(tmp_path):
         opened(tmp_path / "nowhere")
     root = folder(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    with pytest.raises(InputError, match=r"hold the values 0, 1, 2, and \S+ names 2 classes, 0 to 1; name the others"):
+    with pytest.raises(
+        InputError,
+        match=r"hold the values 0, 1, 2, and \S+ names 2 classes, 0 to 1; 6 masks hold more, first .*photo 0.png",
+    ):
         opened(root)
     (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
     with pytest.raises(InputError, match=r"1 of 6 masks .* belong to no image, first .*photo 0_mask.png; expected"):
@@ -521,3 +524,23 @@ def test_without_tensorboard_there_is_a_sentence(tmp_path, monkeypatch, mine):
     ):
         run(tmp_path / "run", "--dataset", "folder", "--root", mine[0], "--iters", 1, "--tensorboard")
     assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_values_0_and_255_are_listed_as_two_classes_and_one_class_is_refused(tmp_path, capsys):
+    root = folder(tmp_path / "data", images=6, masks=5)
+    for path in (root / "masks").iterdir():
+        mask = np.asarray(Image.open(path)).copy()
+        mask[:], mask[:4] = 0, 255
+        Image.fromarray(mask).save(path)
+    D.main(["masks", "--root", str(root)])
+    (tmp_path / "listed.csv").write_text(capsys.readouterr().out)
+    assert {line.split(",")[1] for line in (tmp_path / "listed.csv").read_text().split()[1::2]} == {"0", "255"}
+    (tmp_path / "one.csv").write_text("ground,0\nignore,255\n")
+    with pytest.raises(InputError, match="names 1 classes; expected two or more"):
+        D.main(["masks", "--root", str(root), "--colors", str(tmp_path / "one.csv")])
+    D.main(["masks", "--root", str(root), "--colors", str(tmp_path / "listed.csv")])
+    assert len(D.folder_classes(root, sorted((root / "masks").iterdir()))) == 2
+    for path in (root / "masks").iterdir():
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+    with pytest.raises(InputError, match="hold the values 0 alone; expected two classes or more"):
+        D.folder_classes(root, sorted((root / "masks").iterdir()))
