@@ -806,7 +806,8 @@ class EvaluationImages(Dataset):
 
 def evaluation_loader(data, items, workers=0, rank=0, world=1):
     """One whole image at a time; of several processes each sees its own share, and no image is seen twice."""
-    return DataLoader(EvaluationImages(data, items[rank::world]), batch_size=1, num_workers=workers)
+    images = EvaluationImages(data, items[rank::world])
+    return DataLoader(images, batch_size=1, num_workers=workers, worker_init_fn=_outlast_sigterm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -622,7 +622,8 @@ def items_to_score(data, part, root):
     items = data.labeled + data.unlabeled if part == "train" else getattr(data, part)
     whole = [item for item in items if None not in (item.image, item.mask)]
     if not items:
-        raise InputError(f"{data.name} has no {part} images; expected another --split, val or train")
+        instead = "a run that left some unlabeled" if part == "unlabeled" else "another --split, val or train"
+        raise InputError(f"{data.name} has no {part} images; expected {instead}")
     if not whole or (part in ("val", "test") and len(whole) < len(items)):
         raise InputError(
             f"{len(whole)} of the {len(items)} {part} images of {data.name} have image and mask under {root}; expected "
