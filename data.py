@@ -523,7 +523,7 @@ def labeled_ids(name, train_ids, labeled, lists):
     file = lists / f"{labeled}.txt" if labeled.isdecimal() else Path(labeled)
     if not file.is_file():
         raise InputError(
-            f"--labeled {labeled} is not a number and no such file exists; expected a number, all, or a list of ids"
+            f"--labeled {labeled} is no file that exists; expected a number, all, or a file with one image id per line"
         )
     chosen = set(id_list(file))
     unknown = sorted(chosen - set(train_ids))
@@ -549,7 +549,10 @@ def _decode(path, mode):
     try:
         with Image.open(path) as image:
             stored = image.mode
-            image = ImageOps.exif_transpose(image).convert("RGB") if mode == "RGB" else image.copy()
+            image.load()
+            if mode == "RGB":
+                ImageOps.exif_transpose(image, in_place=True)
+                image = image.convert("RGB") if image.mode != "RGB" else image
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
         raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
     if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
@@ -593,7 +596,7 @@ def read(item, data):
         )
     values = next(values for ending, values in data.values.items() if item.mask.stem.endswith(ending))
     classes = mask.point(values.tolist())
-    if classes.histogram()[254]:
+    if 254 in np.asarray(classes):  # not a class
         wrong = [value for value, pixels in enumerate(mask.histogram()) if pixels and values[value] == 254]
         raise InputError(
             f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected "
@@ -618,13 +621,13 @@ def random_view(image, mask, crop, scales, rng):
         crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)
     ]
     left, top = (int(rng.integers(side - part + 1)) for part, side in zip(shown, image.size))
+    box = (left, top, left + shown[0], top + shown[1])
     x, y = (int(rng.integers(crop - side + 1)) for side in size)  # > 0: padding before
     window = (..., slice(y, y + size[1]), slice(x, x + size[0]))
 
     view = torch.tensor([round(255 * mean) for mean in MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
-    view[window] = VF.resized_crop(VF.pil_to_tensor(image), top, left, shown[1], shown[0], size[::-1], antialias=True)
+    view[window] = VF.resize(VF.pil_to_tensor(image.crop(box)), size[::-1], antialias=True)
     label = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
-    box = (left, top, left + shown[0], top + shown[1])
     label[window] = VF.pil_to_tensor(mask.resize(size, Image.Resampling.NEAREST, box))[0]
     valid = torch.zeros(crop, crop, dtype=torch.bool)
     valid[window] = True
@@ -1166,5 +1169,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (InputError, OSError) as error:
         sys.exit(f"data.py: {error}")

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -683,6 +684,8 @@ def stop_on_input_error(main):
         end = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
     except OSError as error:
         end = str(error)
+    except KeyboardInterrupt:
+        end = 128 + signal.SIGINT
     except RuntimeError as error:
         end = dead_worker(error) or traceback.format_exc()
     if end and sys.stdout.isatty():

@@ -103,6 +103,7 @@ PRESETS = (
     ("cityscapes", ANY, "common practice", dict(eval_mode="sliding", sup_loss="ohem")),
     ("cityscapes", ANY, "ours", dict(workers=4, log_every=20, eval_every=5)),
 )  # fmt: skip
+FROM_IMAGES = ("crop", "iters", "warmup_epochs", "eval_every")  # of a folder; see `suit_folder`
 
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules and losses
@@ -376,7 +377,7 @@ class Run:
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
             write_aside(metrics, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
             (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
-            for note in (*self.data.notes, json.dumps(vars(self.args))):
+            for note in (*self.data.notes, self.summary(), json.dumps(vars(self.args))):
                 say(note)
             if self.args.resume:
                 say(
@@ -387,6 +388,19 @@ class Run:
             if self.args.framework != "supervised" and self.args.warmup_steps >= self.args.iters:
                 steps = f"the warm-up of {self.args.warmup_steps} steps outlasts the run of {self.args.iters}"
                 say(f"note: {steps}, so no unlabeled image will be used; see --warmup-epochs")
+
+    def summary(self):
+        """A sentence about the run, for whoever starts it."""
+        args, data = self.args, self.data
+        images = f"{len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
+        steps = f"{args.iters} steps of {args.batch_size} labeled"
+        if args.framework == "supervised":
+            steps += " images"
+        else:
+            steps += f" + {args.batch_size} unlabeled images, the first {args.warmup_steps} of labeled ones alone"
+        processes = f", {self.world} processes" if self.world > 1 else ""
+        return f"{data.name}: {images}; {args.backbone} on {device}{processes}; {steps}; writes to {self.out}"
 
     def restore(self, checkpoint):
         """Continues where the checkpoint was saved; schedules and randomness follow from the step alone."""
@@ -646,12 +660,8 @@ def suit_folder(args, data, device, world):
     epoch = math.ceil(len(data.unlabeled or data.labeled) / (args.batch_size * world))  # steps
     iters = args.iters or (args.epochs * epoch if args.epochs else max(least, 10 * epoch))
     tenth = round(iters / epoch / 10) or int(4 * epoch <= iters)  # of the run, in epochs
-    found = {
-        "crop": max(32, min(largest, sides[len(sides) // 2]) // 32 * 32),
-        "iters": None if args.epochs else iters,
-        "warmup_epochs": tenth,
-        "eval_every": max(1, tenth),
-    }
+    crop = max(32, min(largest, sides[len(sides) // 2]) // 32 * 32)
+    found = dict(zip(FROM_IMAGES, (crop, None if args.epochs else iters, tenth, max(1, tenth))))
     found = {name: value for name, value in found.items() if getattr(args, name) is None and value is not None}
     for name, value in found.items():
         setattr(args, name, value)
@@ -793,6 +803,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
             for dataset, devices, source, numbers in PRESETS
             if action.dest in numbers
         ]
+        if action.dest in FROM_IMAGES:
+            presets.append("folder: from the images found [ours]")
         if presets:
             return f"{action.help}; default: {', '.join(presets)}"
         return action.help if action.default is None else super()._get_help_string(action)

@@ -300,7 +300,7 @@ def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
     for labeled, says in (
         (5, "--labeled 5 is impossible; expected 1 to 4"),
         (0, "--labeled 0 is impossible; expected 1 to 4"),
-        ("no.txt", "not a number and no such file exists"),
+        ("no.txt", "--labeled no.txt is no file that exists; expected a number, all, or a file"),
     ):
         with pytest.raises(InputError, match=says):
             open_dataset("camvid", root, labeled)

@@ -806,6 +806,26 @@ def test_help_names_where_defaults_come_from():
     assert "[paper]" in said and "[authors' code" in said and "(default: 0.4)" in said
     assert "pascal 513 [paper], cityscapes 769 [paper]" in said and "camvid on cpu 128 [ours]" in said
     assert "pascal 1 [authors' code]" in said and "cityscapes ohem [common practice]" in said
+    assert "cityscapes 769 [paper], folder: from the images found [ours]" in said
+
+
+def test_a_run_says_first_what_it_trains_on_and_how_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.SHAPES_VAL", 2)
+    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
+    images = "shapes: 24 labeled, 456 unlabeled, 2 validation images; resnet10 on the CPU"
+    steps = "1 steps of 2 labeled + 2 unlabeled images, the first 0 of labeled ones alone"
+    assert capsys.readouterr().out.startswith(f"{images}; {steps}; writes to {tmp_path}\n{{")
+    run(tmp_path / "alone", "--iters", 1, "--framework", "supervised")
+    assert "; 1 steps of 2 labeled images; writes to" in capsys.readouterr().out
+
+
+def test_an_interrupted_program_ends_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        stop_on_input_error(interrupted)
+    assert end.value.code == 128 + signal.SIGINT and capsys.readouterr().err == ""
 
 
 def resolved(*command, device="cuda"):
