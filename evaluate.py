@@ -49,7 +49,7 @@ from data import (
     save_mask,
 )
 from model import DeepLabV3Plus
-from refine import confidence, dpa_alpha, dpa_threshold, pseudo_labels, refine
+from refine import confidence, dpa_threshold, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
@@ -423,12 +423,15 @@ def panel(model, data, items, device, alpha, options):
     """A sheet with one row per item: image, truth, prediction, confidence and pseudo-labels without and with refinement.
 
     options: the keyword arguments of `refine.pseudo_labels` that the run trains with. The threshold is the alpha-quantile
-    of the row's own pixels. Where a pixel has no pseudo-label the image shows, dimmed. Returns a PIL image.
+    of the row's own pixels, unless options hold a fixed one; a run's alpha0 makes its panels comparable over time, where
+    its own alpha falls to 0. Where a pixel has no pseudo-label the image shows, dimmed. Returns a PIL image.
     """
+    fixed = options["threshold"]
+    passing = f"the {alpha:.0%} quantile of the raw confidence, image by image" if fixed is None else f"{fixed}"
     rows = []
     for image, truth in evaluation_loader(data, items):
         prob = model(normalize(image.to(device))).float().softmax(1)
-        threshold = options["threshold"]
+        threshold = fixed
         if threshold is None:  # not dpa_threshold, which would wait for the other processes
             conf = confidence(prob, options["kind"]).flatten()
             threshold = conf.kthvalue(1 + int(alpha * (len(conf) - 1))).values
@@ -439,11 +442,11 @@ def panel(model, data, items, device, alpha, options):
         labels = [truth[0], *(label[0].cpu() for label in (prob.argmax(1), raw.label, refined.label))]
         truth, teacher, *kept = (overlay(image[0], label) for label in labels)
         rows.append([image[0], truth, teacher, *map(heat, sure), *kept])
-    return sheet(rows, data.classes)
+    return sheet(rows, data.classes, f"labels: confidence above {passing}")
 
 
-def sheet(rows, classes, width=200):
-    """Rows of tiles (3,H,W) uint8 under TITLES, with the classes' colors and the scale of the confidence below. A PIL image."""
+def sheet(rows, classes, note, width=200):
+    """Rows of tiles (3,H,W) uint8 under TITLES; below: the classes' colors, the scale of the confidence, the note. A PIL image."""
     font, gap, line = ImageFont.load_default(13), 4, 20  # pixels
     rows = [[VF.to_pil_image(tile) for tile in row] for row in rows]
     heights = [round(width * row[0].height / row[0].width) for row in rows]
@@ -472,7 +475,7 @@ def sheet(rows, classes, width=200):
     scale = VF.to_pil_image(heat(torch.linspace(0, 1, width).expand(12, width)))
     page.paste(scale, (gap + 30, y + line + 4))
     draw.text((gap, y + line), "0", "black", font)
-    draw.text((gap + 36 + width, y + line), "1  confidence: unsure to sure", "black", font)
+    draw.text((gap + 36 + width, y + line), f"1  confidence: unsure to sure;  {note}", "black", font)
     return page
 
 
@@ -878,8 +881,7 @@ def main(argv=None):
             raise InputError(
                 f"no unlabeled or validation image of {data.name} has image and mask, so there is no panel"
             )
-        alpha = dpa_alpha(step, run["iters"], run["alpha0"])
-        panel(model, data, shown, device, alpha, options).save(file)
+        panel(model, data, shown, device, run["alpha0"], options).save(file)
         print(f"wrote {file}")
 
 

@@ -530,8 +530,7 @@ class Run:
             say(f"step {self.step}/{args.iters}  teacher's mIoU {result['miou']:.2f}, best {self.best:.2f}")
             for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
                 self.save(name)
-            alpha = dpa_alpha(self.step, args.iters, args.alpha0)
-            sheet = panel(self.teacher, data, panel_items(data), self.device, alpha, self.options)
+            sheet = panel(self.teacher, data, panel_items(data), self.device, args.alpha0, self.options)
             sheet.save(self.out / "panels" / f"step-{self.step:06d}.png")
             if self.board:
                 self.board.add_image("panel", np.asarray(sheet), self.step, dataformats="HWC")

@@ -481,7 +481,9 @@ def test_refine_alone_works_in_another_project(tmp_path):
 def test_a_sheet_has_titles_a_legend_and_the_scale_of_the_confidence():
     tile = torch.zeros(3, 30, 40, dtype=torch.uint8)
     names = [f"a rather long class name {i}" for i in range(30)]
-    small, large = (np.asarray(E.sheet([[tile] * len(E.TITLES)] * 2, classes)) for classes in (names[:2], names))
+    small, large = (
+        np.asarray(E.sheet([[tile] * len(E.TITLES)] * 2, classes, "a note")) for classes in (names[:2], names)
+    )
     assert small.shape[1] == large.shape[1] and large.shape[0] > small.shape[0]  # the legend takes several lines
     assert (small[:18] < 128).any() and (small[-16:] < 128).any()  # titles, numbers beside the scale
     colors = {tuple(color) for color in large.reshape(-1, 3)}
