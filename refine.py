@@ -226,12 +226,13 @@ def dpa_threshold(conf, alpha, valid=None):
     for shift in (24, 16, 8, 0):
         # 0: lies below the digits looked at now, 1..256: one of them, 257: above. A histogram per row, because one alone
         # would be written to from everywhere at once.
-        digit = (bits >> shift).clamp_(value - 1, value + 256).sub_(value - 1).long()
+        below = value - 1
+        digit = (bits >> shift).clamp_(below, below + 257).sub_(below).long()
         rows = torch.zeros(len(bits), 258, dtype=torch.int32, device=bits.device)
         histogram = rows.scatter_add_(1, digit, one).sum(0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(histogram)
-        value = value - 1 + (histogram.cumsum(0) <= rank).sum().int()  # bins that lie wholly below the rank
+        value = below + (histogram.cumsum(0) <= rank).sum().int()  # bins that lie wholly below the rank
         if shift:
             value = value << 8
     value = (value ^ ((value >> 31) & (2**31 - 1))).view(torch.float32)
