@@ -206,9 +206,7 @@ def files(folder, suffixes, nested=False):
 def id_list(file):
     """The ids in a file, one per line. Raises InputError where it is not there or empty."""
     if not file.is_file():
-        raise InputError(
-            f"the list {file} is not there; expected one image id per line, as in the folder {SPLITS.name}/"
-        )
+        raise InputError(f"the list {file} is not there; expected one image id per line")
     lines = file.read_text("utf-8-sig", errors="replace").splitlines()
     ids = [line.strip() for line in lines if line.strip()]
     if not ids:
@@ -251,10 +249,8 @@ def list_cityscapes(root, lists):
     root = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine"))
     splits = {}
     for split in ("train", "val"):
-        images, masks = (
-            files(root / "leftImg8bit" / split, IMAGE_SUFFIXES),
-            files(root / "gtFine" / split, MASK_SUFFIXES),
-        )
+        images = files(root / "leftImg8bit" / split, IMAGE_SUFFIXES)
+        masks = files(root / "gtFine" / split, MASK_SUFFIXES)
         splits[split] = []
         for id in id_list(lists / f"{split}.txt"):
             kinds = (masks.get(f"{id}_gtFine_{kind}") for kind in ("labelTrainIds", "labelIds"))
@@ -273,7 +269,7 @@ def list_folder(root, lists):
     if (root / "val").is_dir():
         val = _folder_items(find_root(root / "val", (), ("images", "masks")), "val/")
     elif (root / "val.txt").is_file():
-        ids = id_list(root / "val.txt")
+        ids = dict.fromkeys(id_list(root / "val.txt"))  # each once
         known = {item.id: item for item in items}
         if not set(ids) <= set(known):
             unknown = next(id for id in ids if id not in known)
@@ -320,6 +316,8 @@ def folder_classes(root, masks):
     file = Path(root) / "classes.txt"
     mend = f"{CONVERT.format(root)} converts them; without --colors it prints what they hold"
     names = tuple(id_list(file)) if file.is_file() else None
+    if names and (len(set(names)) < len(names) or "all" in names):
+        raise InputError(f"{file} names a class twice, or one of them all; expected another name for each")
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             histograms = pool.map(lambda mask: _decode(mask, "index").histogram(), masks)
@@ -347,7 +345,10 @@ def folder_classes(root, masks):
             f"{values}; expected class indices 0, 1, 2 and so on; write one line name,value for each into classes.csv: {mend}; "
             "or name the classes from 0 on in classes.txt, if the others were just never painted"
         )
-    return names or tuple(map(str, range(found[-1] + 1)))
+    names = names or tuple(map(str, range(found[-1] + 1)))
+    if len(names) > 254:
+        raise InputError(f"{root} has {len(names)} classes; expected at most 254")
+    return names
 
 
 def mask_values(classes):
@@ -396,10 +397,9 @@ DATASETS = {
         list_cityscapes,
         {
             "labelTrainIds": mask_values({i: i for i in range(19)}),
+            # -1, the licence plates, is stored as 255
             "labelIds": mask_values(
-                {  # -1, the licence plates, is stored as 255
-                    label.id % 256: IGNORE if label.ignore_in_eval else label.train_id for label in Cityscapes.classes
-                }
+                {c.id % 256: IGNORE if c.ignore_in_eval else c.train_id for c in Cityscapes.classes}
             ),
         },
         "python data.py cityscapes --root DIR says what to download",
@@ -424,31 +424,28 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     items = spec.list_items(root, lists)
     for split in ("train", "val"):
         if not items[split]:
-            raise InputError(f"--root {root} holds no {split} images of {name}; expected {split}/*.jpg or *.png")
+            place = "images" if name == "folder" else split
+            raise InputError(f"--root {root} holds no {split} images of {name}; expected {place}/*.jpg or *.png")
     if val is not None:
         items |= _validate_on(val, items, root)
     values, classes, notes = spec.values, spec.classes, ()
     can_be_labeled = items["train"]
     if name == "folder":
         can_be_labeled = [item for item in items["train"] if item.mask]
-        classes = folder_classes(root, [item.mask for item in items["train"] + items["val"] if item.mask])
+        masks = [item.mask for item in items["train"] + items["val"] if item.mask]
+        if not masks or not (can_be_labeled or isinstance(labeled, list)):
+            raise InputError(
+                f"{root} has no painted image to learn from; expected masks/ for some of images/, beside those that validate"
+            )
+        classes = folder_classes(root, masks)
         values, notes = indices(len(classes)), folder_notes(root, items, classes)
     labeled = labeled if isinstance(labeled, list) else str(labeled)
     chosen = labeled_ids(name, [item.id for item in can_be_labeled], labeled, lists)
-    data = Data(
-        name,
-        classes,
-        spec.scales,
-        values,
-        [item for item in items["train"] if item.id in chosen],
-        [item for item in items["train"] if item.id not in chosen],
-        items["val"],
-        items.get("test", []),
-        notes,
-    )
+    parts = ([item for item in items["train"] if (item.id in chosen) == labeled] for labeled in (True, False))
+    data = Data(name, classes, spec.scales, values, *parts, items["val"], items.get("test", []), notes)
     for part in use:
         _expect_files(data, part, root, ("image",) if part == "unlabeled" else ("image", "mask"))
-    if "labeled" in use:
+    if "labeled" in use and name != "folder":  # there, every mask has been looked at
         _expect_classes(data)
     return data
 
@@ -516,9 +513,7 @@ def labeled_ids(name, train_ids, labeled, lists):
         if published:
             raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
         if not 1 <= int(labeled) <= len(train_ids):
-            raise InputError(
-                f"--labeled {labeled} is impossible; expected 1 to {len(train_ids)}, the training images of {name}"
-            )
+            raise InputError(f"--labeled {labeled} is impossible; expected 1 to {len(train_ids)} images of {name}")
         return {train_ids[i * len(train_ids) // int(labeled)] for i in range(int(labeled))}
     file = lists / f"{labeled}.txt" if labeled.isdecimal() else Path(labeled)
     if not file.is_file():
@@ -556,9 +551,7 @@ def _decode(path, mode):
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
         raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
     if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
-        raise InputError(
-            f"{path} is a {stored} image, with more than 8 bits per pixel; convert it to 8 bits per channel"
-        )
+        raise InputError(f"{path} is a {stored} image; convert it to 8 bits per channel")
     if mode != "RGB" and stored not in ("L", "P"):
         raise InputError(f"mask {path} is a {stored} image; expected one class index per pixel, 8 bits, L or P")
     return image
@@ -751,9 +744,9 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
             f"{data.scales[1]:g} times as large when resized; expected at most {int(data.scales[1] * side)}"
         )
     views = TrainingViews(data, crop, framework, seed)
-    batches = [draws(t, batch_size, rank, world) for t in steps]
+    numbers = [draws(t, batch_size, rank, world) for t in steps]
     return DataLoader(
-        views, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_outlast_sigterm
+        views, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_outlast_sigterm
     )
 
 
@@ -776,41 +769,32 @@ def batches(loader):
         yield batch
 
 
-class ImageFiles(Dataset):
+def _reading(read_one, items, workers):
+    """read_one(item), in the loader's workers, for one item after another."""
+    return DataLoader(items, batch_size=None, collate_fn=read_one, num_workers=workers, worker_init_fn=_outlast_sigterm)
+
+
+def image_loader(paths, workers=0):
     """Images of files {id: path}: (id, (3,H,W) uint8), or (id, what is wrong with the file)."""
 
-    def __init__(self, paths):
-        self.paths = list(paths.items())
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        id, path = self.paths[i]
+    def read_one(item):
+        id, path = item
         try:
-            return id, VF.pil_to_tensor(read_image(Item(id, path, None)))
+            return id, VF.pil_to_tensor(_decode(path, "RGB"))
         except InputError as error:
             return id, str(error)
 
-
-class EvaluationImages(Dataset):
-    """Whole images with their masks: image (3,H,W) uint8, mask (H,W) uint8 with 255."""
-
-    def __init__(self, data, items):
-        self.data, self.items = data, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        image, mask = read(self.items[i], self.data)
-        return VF.pil_to_tensor(image), VF.pil_to_tensor(mask)[0]
+    return _reading(read_one, list(paths.items()), workers)
 
 
 def evaluation_loader(data, items, workers=0, rank=0, world=1):
-    """One whole image at a time; of several processes each sees its own share, and no image is seen twice."""
-    images = EvaluationImages(data, items[rank::world])
-    return DataLoader(images, batch_size=1, num_workers=workers, worker_init_fn=_outlast_sigterm)
+    """Whole images (1,3,H,W) with their masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
+
+    def read_one(item):
+        image, mask = read(item, data)
+        return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
+
+    return _reading(read_one, items[rank::world], workers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -909,6 +893,10 @@ def fetch_pascal(root, sbd):
         print("checking and unpacking", flush=True)
         VOCSegmentation(root, year="2012", download=True)  # finds the archive there
         folder, lacking = missing()
+        if lacking:
+            raise InputError(
+                f"{folder} still lacks {len(lacking)} files, first {lacking[0]}; remove it and run this again"
+            )
     if sbd:
         masks, matlab = folder / "SegmentationClassAug", root / "benchmark_RELEASE" / "dataset" / "cls"
         ids = [id for id in sorted(set(train) - set(fine)) if not (masks / f"{id}.png").is_file()]
@@ -937,7 +925,7 @@ def fetch_cityscapes(root):
     try:
         splits = list_cityscapes(root, SPLITS / "cityscapes")
     except InputError as error:
-        print(f"nothing is there yet: {error}")
+        print(f"not complete yet: {error}")
         return
     for split, items in splits.items():
         for kind in ("image", "mask"):
@@ -1000,30 +988,20 @@ def code_text(code, by_value):
 def read_colors(file):
     """({code: class index or 255}, [class names], by value?) of a CSV with lines name,r,g,b or name,value; "ignore" is 255."""
     if not file.is_file():
-        raise InputError(
-            f"--colors {file} is not there; expected lines name,r,g,b or name,value, one per class from 0 on"
-        )
-    rows = [
-        [cell.strip() for cell in row]
-        for row in csv.reader(file.read_text("utf-8-sig", errors="replace").splitlines())
-        if row
-    ]
-    lengths = {len(row) for row in rows}
-    bad = next(
-        (row for row in rows if len(row) not in (2, 4) or not all(c.isdecimal() and int(c) < 256 for c in row[1:])),
-        None,
-    )
-    if len(lengths) != 1 or bad:
-        raise InputError(
-            f"--colors {file} holds {','.join(bad or rows[0] if rows else [])!r}; expected lines name,r,g,b or name,value alone"
-        )
+        raise InputError(f"--colors {file} is not there; expected lines name,r,g,b or name,value, one per class")
+    lines = csv.reader(file.read_text("utf-8-sig", errors="replace").splitlines())
+    rows = [[cell.strip() for cell in row] for row in lines if row] or [[]]
+    for row in rows:
+        numbers = all(cell.isdecimal() and int(cell) < 256 for cell in row[1:])
+        if len(row) not in (2, 4) or len(row) != len(rows[0]) or not numbers:
+            held = f"--colors {file} holds {','.join(row)!r}"
+            raise InputError(f"{held}; expected lines name,r,g,b or name,value alone")
+    twice = [row for row, count in Counter(tuple(row[1:]) for row in rows).items() if count > 1]
+    if twice:
+        raise InputError(f"--colors {file} names {','.join(twice[0])} twice; expected one class for it")
     names = list(dict.fromkeys(row[0] for row in rows if row[0] != "ignore"))
-    codes = {sum(int(c) << 8 * place for place, c in enumerate(reversed(row[1:]))): row[0] for row in rows}
-    return (
-        {code: IGNORE if name == "ignore" else names.index(name) for code, name in codes.items()},
-        names,
-        lengths == {2},
-    )
+    codes = {int.from_bytes(map(int, row[1:])): IGNORE if row[0] == "ignore" else names.index(row[0]) for row in rows}
+    return codes, names, len(rows[0]) == 2
 
 
 def convert_masks(root, colors):
@@ -1042,9 +1020,7 @@ def convert_masks(root, colors):
         for path in painted.values():
             pixels.update(dict(zip(*np.unique(painted_codes(path, by_value), return_counts=True))))
         if len(pixels) > 256:
-            raise InputError(
-                f"{masks} holds {len(pixels)} colors; expected one for each class, without blending (PNG, no JPEG)"
-            )
+            raise InputError(f"{masks} holds {len(pixels)} colors; expected one per class, not blended (PNG, no JPEG)")
         ignored = by_value and not set(pixels) <= {0, IGNORE} and pixels.pop(IGNORE, None)
         lines = [f"class {i},{code_text(int(code), by_value)}" for i, (code, _) in enumerate(pixels.most_common())]
         print("\n".join(lines + [f"ignore,{IGNORE}"] * bool(ignored)))
@@ -1059,9 +1035,7 @@ def convert_masks(root, colors):
         )
     for folder in (kept, made):
         if folder.exists():
-            raise InputError(
-                f"{folder} is there already, from an earlier conversion; move it away first, nothing is overwritten"
-            )
+            raise InputError(f"{folder} is there already, from an earlier conversion; move it away first")
     try:
         for id, path in reported(painted.items(), len(painted), "masks"):
             image = painted_codes(path, by_value)
@@ -1083,9 +1057,9 @@ def convert_masks(root, colors):
     print(f"wrote {len(painted)} masks and classes.txt; the painted ones are in {kept}")
 
 
-def check(name, root, labeled, splits):
-    """Reads every image and mask in use, prints what was found, and returns the sentences about what is missing or broken."""
-    data = open_dataset(name, root, labeled, splits, use=())
+def check(dataset, root, labeled, splits):
+    """Reads every image and mask in use and prints what was found. Raises InputError that lists what is missing or broken."""
+    data = open_dataset(dataset, root, labeled, splits, use=())
     sizes, values, problems = Counter(), np.zeros(256, np.int64), []
 
     def look(item):
@@ -1114,7 +1088,7 @@ def check(name, root, labeled, splits):
                 sizes[found[0]] += 1
                 values += found[1]
                 if item.mask is None and part != "unlabeled":
-                    problems.append(f"mask of the {part} image {item.id} is missing; {DATASETS[name].get}")
+                    problems.append(f"mask of the {part} image {item.id} is missing; {DATASETS[dataset].get}")
     seconds, count = time.monotonic() - began, max(1, sizes.total())
     common = ", ".join(f"{width} x {height} ({n})" for (width, height), n in sizes.most_common(4))
     print(f"sizes: {common}{f', and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
@@ -1122,11 +1096,19 @@ def check(name, root, labeled, splits):
         meaning = "ignored" if value == IGNORE else data.classes[value]
         print(f"{value:4} {meaning:20} {values[value] / values.sum():7.2%} of the mask pixels")
     print(f"{sizes.total()} images read in {seconds:.1f} s, {1000 * seconds / count:.1f} s per thousand")
-    return problems
+    if problems:
+        listed = "\n".join(problems)
+        raise InputError(f"{listed}\n{len(problems)} files are missing or broken; each is named above")
+    print("nothing is missing, nothing is broken")
+
+
+COMMANDS = {
+    "pascal": fetch_pascal, "cityscapes": fetch_cityscapes, "check": check, "masks": convert_masks, "shapes": export_shapes,
+}  # fmt: skip
 
 
 def parse_args(argv=None):
-    """The command line."""
+    """The command line: a function of COMMANDS and its arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     pascal = commands.add_parser("pascal", help="download PASCAL VOC 2012")
@@ -1137,9 +1119,7 @@ def parse_args(argv=None):
     check.add_argument("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
     check.add_argument("--splits", help="folder of published lists; default: the one beside this file")
     masks = commands.add_parser("masks", help="masks painted in colors -> masks of class indices")
-    masks.add_argument(
-        "--colors", metavar="CSV", help="lines name,r,g,b or name,value; without: print what the masks hold"
-    )
+    masks.add_argument("--colors", metavar="CSV", help="name,r,g,b or name,value; without: print what the masks hold")
     shapes = commands.add_parser("shapes", help="write the drawn images as a folder of files")
     shapes.add_argument("--labeled", type=int, default=24, help="how many images get a mask; default: 24")
     for command in (pascal, cityscapes, check, masks, shapes):
@@ -1148,22 +1128,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Fetches, or checks."""
-    args = parse_args(argv)
-    if args.command == "pascal":
-        fetch_pascal(args.root, args.sbd)
-    elif args.command == "cityscapes":
-        fetch_cityscapes(args.root)
-    elif args.command == "masks":
-        convert_masks(args.root, args.colors)
-    elif args.command == "shapes":
-        export_shapes(args.root, args.labeled)
-    else:
-        problems = check(args.dataset, args.root, args.labeled, args.splits)
-        if problems:
-            listed = "\n".join(problems)
-            raise InputError(f"{listed}\n{len(problems)} files are missing or broken; each is named above")
-        print("nothing is missing, nothing is broken")
+    """Fetches, checks, converts, exports."""
+    args = vars(parse_args(argv))
+    COMMANDS[args.pop("command")](**args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks
 
@@ -36,12 +35,12 @@ from data import (
     MEAN,
     READABLE,
     STD,
-    ImageFiles,
     InputError,
     batches,
     dead_worker,
     evaluation_loader,
     files,
+    image_loader,
     normalize,
     open_dataset,
     palette,
@@ -174,7 +173,7 @@ def scores(confusion, boundaries, classes):
     }  # fmt: skip
 
 
-def images_to_predict(data, items, protocol, workers, rank, world):
+def images_to_score(data, items, protocol, workers, rank, world):
     """(image, truth) of this process's items as `evaluation_loader` gives them; of the center crop, their center."""
     for image, label in batches(evaluation_loader(data, items, workers, rank, world)):
         if protocol.eval_mode == "center-crop":
@@ -190,7 +189,7 @@ def evaluate(model, data, items, device, protocol=Protocol(), workers=0, rank=0,
     classes = len(data.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     boundaries = torch.zeros(classes + 1, classes + 1, dtype=torch.long, device=device)
-    for image, label in images_to_predict(data, items, protocol, workers, rank, world):
+    for image, label in images_to_score(data, items, protocol, workers, rank, world):
         label = label.to(device)
         prediction = predict(model, image.to(device), protocol).argmax(1)
         confusion += confusion_matrix(prediction, label, classes)
@@ -221,7 +220,8 @@ def table(result):
 
 def doubt(conf, kind, num_classes):
     """Confidence turned round, 0 (sure) to 1: one minus margin or maximum, or entropy by its largest value."""
-    return -conf / math.log(num_classes) if kind == "entropy" else 1 - conf
+    # Refined probabilities need not sum to 1, so that their entropy may lie outside its range.
+    return (-conf / math.log(num_classes) if kind == "entropy" else 1 - conf).clamp(0, 1)
 
 
 def pseudo_label_figures(prob, pseudo, batch, options):
@@ -274,13 +274,13 @@ def pseudo_label_report(model, data, items, device, alpha, options, protocol=Pro
     """
     classes, kind = len(data.classes), options["kind"]
     counts = torch.zeros(2, classes * 4 * BINS, dtype=torch.long, device=device)  # by class, right, border, doubt
-    for image, truth in images_to_predict(data, items, protocol, workers, rank, world):
+    for image, truth in images_to_score(data, items, protocol, workers, rank, world):
         truth = truth.to(device)
         known, border = truth != IGNORE, near_contour(truth, 5, image_border=False)
         prob = predict(model, image.to(device), protocol)
         for i, p in enumerate((prob, refine(prob, **options_of_refine(options)))):
             label = p.argmax(1)
-            bits = doubt(confidence(p, kind), kind, classes).clamp(0, 1).view(torch.int32) >> 15
+            bits = doubt(confidence(p, kind), kind, classes).view(torch.int32) >> 15
             place = ((label * 2 + (label == truth)) * 2 + border) * BINS + bits
             counts[i] += torch.bincount(place[known], minlength=counts.shape[1])
     if world > 1:
@@ -291,7 +291,7 @@ def pseudo_label_report(model, data, items, device, alpha, options, protocol=Pro
         raw = counts[0].sum((0, 1, 2))
         passing = (((1 - alpha) * raw.sum() - (raw.cumsum() - raw)) / raw.clip(1)).clip(0, 1)
     else:
-        least = doubt(torch.tensor(float(options["threshold"])), kind, classes).clamp(0, 1)
+        least = doubt(torch.tensor(float(options["threshold"])), kind, classes)
         passing[: int(least.view(torch.int32) >> 15)] = 1
     report = {}
     for name, one in zip(("raw", "refined"), counts):
@@ -352,9 +352,7 @@ def draw_figures(run, folder):
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
         raise InputError(f"{metrics} is not there; expected the checkpoint in its run's folder")
-    whole = [
-        line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]  # a kill may cut the last
+    whole = metrics.read_text().rpartition("\n")[0].splitlines()  # a kill may have cut the last line
     lines = [line for line in map(json.loads, whole) if "histogram" in line]
     if not lines:
         raise InputError(
@@ -408,14 +406,8 @@ def heat(conf):
 
 
 TITLES = (
-    "image",
-    "truth",
-    "teacher",
-    "confidence",
-    "confidence, refined",
-    "labels without refinement",
-    "labels, refined",
-)
+    "image", "truth", "teacher", "confidence", "confidence, refined", "labels without refinement", "labels, refined",
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -508,7 +500,7 @@ def sampled_threshold(model, paths, device, protocol, alpha, kind, workers, rank
     """The alpha-quantile of the raw confidences of at most 100 of the images {id: path}, evenly spaced."""
     chosen = list(paths.items())[:: -(-len(paths) // 100)]
     samples = [torch.zeros(0, device=device)]
-    for id, image in batches(DataLoader(ImageFiles(dict(chosen[rank::world])), batch_size=None, num_workers=workers)):
+    for id, image in batches(image_loader(dict(chosen[rank::world]), workers)):
         if not isinstance(image, str):
             for window, keep in blocks(*image.shape[-2:]):
                 conf = confidence(predict(model, image[window][None].to(device), protocol)[keep], kind).flatten()
@@ -518,11 +510,11 @@ def sampled_threshold(model, paths, device, protocol, alpha, kind, workers, rank
 
 @torch.no_grad()
 def predicted(model, image, device, protocol, options):
-    """(mask, confidence) of an image (3,H,W) uint8: (H,W) uint8 each; confidence 0..255.
+    """(mask (H,W), overlay (3,H,W), confidence (H,W)) of an image (3,H,W), all uint8; confidence 0..255.
 
     options: of `pseudo_labels`, for a mask that is 255 where the pixel has no pseudo-label; None for the prediction.
     """
-    mask, sure = torch.empty(2, *image.shape[-2:], dtype=torch.uint8)
+    (mask, sure), picture = torch.empty(2, *image.shape[-2:], dtype=torch.uint8), torch.empty_like(image)
     for window, keep in blocks(*image.shape[-2:]):
         prob = predict(model, image[window][None].to(device), protocol)
         kind, target = options["kind"] if options else "margin", mask[window][keep]
@@ -532,35 +524,26 @@ def predicted(model, image, device, protocol, options):
         else:
             label, conf = prob.argmax(1), confidence(prob)
         target.copy_(label[0][keep])
+        picture[window][keep] = overlay(image[window][keep], target, 1, 0.5)
         sure[window][keep].copy_(255 * (1 - doubt(conf[0][keep], kind, prob.shape[1])))
-    return mask, sure
+    return mask, picture, sure
 
 
-def overlay_by_blocks(image, mask):
-    """`overlay` of an image of any size, without more memory than a block takes."""
-    picture = torch.empty_like(image)
-    for window, keep in blocks(*mask.shape):
-        picture[window][keep] = overlay(image[window][keep], mask[window][keep], 1, 0.5)
-    return picture
-
-
-def predict_folder(model, folder, out, device, protocol, options, colors, with_confidence, workers, rank, world):
-    """Writes a mask for each image in and below a folder: out/<path>.png; overlays and confidence maps in folders beside it.
+def predict_folder(model, paths, out, device, protocol, options, colors, with_confidence, workers, rank, world):
+    """Writes a mask for each of the images {id: path}: out/<id>.png; overlays and confidence maps in folders beside it.
 
     Masks that are there already stay. Returns (how many were written, how many stayed, [what is wrong with a file]).
     """
-    paths = files(folder, READABLE, nested=True)
     mine = dict(list(paths.items())[rank::world])
     missing = {id: path for id, path in mine.items() if not (out / f"{id}.png").exists()}
     wrong, beside = [], {kind: out.with_name(f"{out.name}-{kind}") for kind in ("overlays", "confidence")}
-    loader = batches(DataLoader(ImageFiles(missing), batch_size=None, num_workers=workers))
+    loader = batches(image_loader(missing, workers))
     for id, image in reported(loader, len(missing), "images") if rank == 0 else loader:
         if isinstance(image, str):
             wrong.append(image)
             continue
-        mask, sure = predicted(model, image, device, protocol, options)
-        for kind in ("overlays", "confidence")[: 1 + with_confidence]:
-            picture = overlay_by_blocks(image, mask) if kind == "overlays" else sure[None]
+        mask, *pictures = predicted(model, image, device, protocol, options)
+        for kind, picture in zip(("overlays", "confidence")[: 1 + with_confidence], pictures):
             (beside[kind] / id).parent.mkdir(parents=True, exist_ok=True)
             VF.to_pil_image(picture).save(beside[kind] / f"{id}.png")
         save_mask(mask.numpy(), out / f"{id}.png", colors)  # last, because it says that this image is done
@@ -575,7 +558,7 @@ def predict_folder(model, folder, out, device, protocol, options, colors, with_c
 
 
 RUN_ARGUMENTS = {  # what is read of checkpoint["args"]
-    "dataset", "root", "splits", "crop", "backbone", "output_stride", "eval_mode", "iters", "alpha0", "confidence", "threshold", "refinement",
+    "dataset", "root", "splits", "crop", "backbone", "output_stride", "eval_mode", "alpha0", "confidence", "threshold", "refinement",
     "neighborhood", "neighbors", "select", "distance_weight", "dilation",
 }  # fmt: skip
 
@@ -594,9 +577,18 @@ def load_checkpoint(path):
         raise InputError(
             f"checkpoint {path} could not be read ({type(error).__name__}); it is truncated, or not of train.py"
         ) from error
-    lacking = {"step", "args", "classes", "labeled", "val", "palette", "preprocessing", "student", "teacher"} - set(
-        checkpoint if isinstance(checkpoint, dict) else ()
-    )
+    lacking = {
+        "step",
+        "args",
+        "classes",
+        "labeled",
+        "unlabeled",
+        "val",
+        "palette",
+        "preprocessing",
+        "student",
+        "teacher",
+    } - set(checkpoint if isinstance(checkpoint, dict) else ())
     lacking = lacking or RUN_ARGUMENTS - set(checkpoint["args"])
     if lacking:
         raise InputError(
@@ -730,7 +722,7 @@ def parse_args(argv=None):
     add(
         "--eval-mode",
         choices=EVAL_MODES,
-        help="at original size, in sliding windows, or the center crop; default: the run's",
+        help="how images are predicted; default: the run's way, of new images: original",
     )
     add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
@@ -738,17 +730,9 @@ def parse_args(argv=None):
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--pseudo-labels", action="store_true", help="report on the pseudo-labels of the unlabeled images instead")
     add("--images", metavar="DIR", help="predict the images in and below this folder instead, into --masks")
-    add(
-        "--masks",
-        metavar="OUT",
-        help="where the masks go; overlays go to OUT-overlays; with --pseudo-labels: 255 where unsure",
-    )
+    add("--masks", metavar="OUT", help="where they go, and OUT-overlays; with --pseudo-labels: 255 where unsure")
     add("--confidence", action="store_true", help="with --images: also maps of the confidence, to OUT-confidence")
-    add(
-        "--threshold",
-        type=float,
-        help="with --images and --pseudo-labels; default: the run's, or its quantile of these images",
-    )
+    add("--threshold", type=float, help="of --images --pseudo-labels; default: the run's, or their own quantile")
     add("--figures", metavar="DIR", help="draw Figs. 4, 5 and 6 from the run's log there instead; needs matplotlib")
     add("--panels", metavar="DIR", help="also draw panels of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
@@ -757,61 +741,56 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.refine and args.pseudo_labels:
         parser.error("--pseudo-labels compares with and without refinement already; expected it without --refine")
+    if args.images and args.eval_mode == "center-crop":
+        parser.error("center-crop leaves most of an image out; expected original or sliding for new images")
     if bool(args.images) != bool(args.masks):
         parser.error("--images and --masks belong together: what to predict, and where the masks go")
     if not args.images and (args.confidence or args.threshold is not None):
         parser.error("--confidence and --threshold are for new images; expected --images and --masks beside them")
     if args.threshold is not None and not args.pseudo_labels:
         parser.error("--threshold says which pixels get a pseudo-label; expected --pseudo-labels beside it")
+    if args.figures and (args.json or args.panels or args.pseudo_labels):
+        parser.error("--figures draws what the run logged; expected it without --json, --panels and --pseudo-labels")
     if args.images and (args.json or args.panels or args.figures):
         parser.error("new images have no truth to score; expected --images without --json, --panels and --figures")
     return args
 
 
+def set_up(args, checkpoint, eval_mode):
+    """(network, options of `pseudo_labels`, protocol, rank, world, device) that the command line and the run mean."""
+    rank, world, device = start_processes(args.device)
+    model = load_model(checkpoint, args.checkpoint, "student" if args.student else "teacher")
+    options = refinement_options(checkpoint["args"], checkpoint.get("prior"))
+    at_inference = options_of_refine(options) if args.refine else None
+    protocol = Protocol(args.eval_mode or eval_mode, args.crop or checkpoint["args"]["crop"], args.tta, at_inference)
+    return model.to(device, memory_format=torch.channels_last), options, protocol, rank, world, device
+
+
 def predict_images(args, checkpoint):
     """--images and --masks: needs nothing but the checkpoint. Raises InputError that names each file it could not read."""
     folder, out, run = Path(args.images), Path(args.masks), checkpoint["args"]
-    if not folder.is_dir() or not files(folder, READABLE, nested=True):
+    paths = files(folder, READABLE, nested=True)
+    if not paths:
         raise InputError(f"--images {folder} holds no image; expected a folder with images in it or below it")
     if out.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"--masks {out} lies in --images {folder}, where masks would be taken for images; expected another folder"
         )
-    rank, world, device = start_processes(args.device)
-    network = "student" if args.student else "teacher"
-    model = load_model(checkpoint, args.checkpoint, network).to(device, memory_format=torch.channels_last)
-    prior = checkpoint.get("prior")
-    options = refinement_options(run, None if prior is None else prior.to(device))
-    protocol = Protocol(
-        args.eval_mode or "original",
-        args.crop or run["crop"],
-        args.tta,
-        options_of_refine(options) if args.refine else None,
-    )
-    if protocol.eval_mode == "center-crop":
-        raise InputError(
-            "--eval-mode center-crop leaves most of an image out; expected original or sliding for new images"
-        )
+    model, options, protocol, rank, world, device = set_up(args, checkpoint, "original")
     sharing = (args.workers, rank, world)
     if args.pseudo_labels:
-        paths, threshold = (
-            files(folder, READABLE, nested=True),
-            args.threshold if args.threshold is not None else options["threshold"],
-        )
-        if threshold is None:
-            threshold = sampled_threshold(
-                model, paths, device, protocol, run["alpha0"], options["kind"], *sharing
-            ).item()
-        options["threshold"] = threshold
+        if args.threshold is not None:
+            options["threshold"] = args.threshold
+        if options["threshold"] is None:
+            alpha, kind = run["alpha0"], options["kind"]
+            options["threshold"] = sampled_threshold(model, paths, device, protocol, alpha, kind, *sharing).item()
         if rank == 0:
-            print(
-                f"pixels whose refined confidence is above {threshold:.4f} get a label, the others 255; another: --threshold"
-            )
-    colors = checkpoint["palette"].numpy()
-    counts = predict_folder(
-        model, folder, out, device, protocol, options if args.pseudo_labels else None, colors, args.confidence, *sharing
+            limit = f"{options['threshold']:.4f}"
+            print(f"pixels whose refined confidence is above {limit} get a label, the others 255; another: --threshold")
+    options, colors = options if args.pseudo_labels else None, checkpoint["palette"].numpy()
+    written, stayed, wrong = predict_folder(
+        model, paths, out, device, protocol, options, colors, args.confidence, *sharing
     )
-    written, stayed, wrong = counts
     if rank == 0:
         print(
             f"{written} masks written to {out}, 0 to {len(checkpoint['classes']) - 1} for {', '.join(checkpoint['classes'])}"
@@ -853,12 +832,7 @@ def main(argv=None):
         )
     part, network = "unlabeled" if args.pseudo_labels else args.split, "student" if args.student else "teacher"
     items = items_to_score(data, part, args.root or run["root"])
-    rank, world, device = start_processes(args.device)
-    model = load_model(checkpoint, args.checkpoint, network).to(device)
-    prior = checkpoint.get("prior")
-    options = refinement_options(run, None if prior is None else prior.to(device))
-    at_inference = options_of_refine(options) if args.refine else None
-    protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, at_inference)
+    model, options, protocol, rank, world, device = set_up(args, checkpoint, run["eval_mode"])
     if args.pseudo_labels:
         sharing = (protocol, args.workers, rank, world)
         result = pseudo_label_report(model, data, items, device, run["alpha0"], options, *sharing)
@@ -878,9 +852,7 @@ def main(argv=None):
     if args.panels:
         file, shown = Path(args.panels) / f"step-{step:06d}.png", panel_items(data)
         if not shown:
-            raise InputError(
-                f"no unlabeled or validation image of {data.name} has image and mask, so there is no panel"
-            )
+            raise InputError(f"no unlabeled or validation image of {data.name} has image and mask, so no panel")
         panel(model, data, shown, device, run["alpha0"], options).save(file)
         print(f"wrote {file}")
 

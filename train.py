@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +347,7 @@ class Run:
                 f"--resume: in {self.out}, {difference}; expected the same arguments, because schedules and randomness "
                 "follow from them, or another --out for another run"
             )
-        for part in ("labeled", "val"):
+        for part in ("labeled", "unlabeled", "val"):
             before, ids = checkpoint[part], [item.id for item in getattr(self.data, part)]
             if before != ids:
                 raise InputError(
@@ -376,7 +375,7 @@ class Run:
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
             write_aside(metrics, "".join(line for line in whole if json.loads(line)["step"] <= self.step))
-            (self.out / "args.json").write_text(json.dumps(vars(self.args) | environment(), indent=2) + "\n")
+            write_aside(self.out / "args.json", json.dumps(vars(self.args) | environment(), indent=2) + "\n")
             for note in (*self.data.notes, self.summary(), json.dumps(vars(self.args))):
                 say(note)
             if self.args.resume:
@@ -416,6 +415,7 @@ class Run:
         state = {
             "step": self.step, "best": self.best, "args": vars(self.args), "classes": list(self.data.classes),
             "labeled": [item.id for item in self.data.labeled], "val": [item.id for item in self.data.val],
+            "unlabeled": [item.id for item in self.data.unlabeled],
             "palette": torch.from_numpy(palette()), "preprocessing": PREPROCESSING,
             "prior": self.prior, "student": self.model.state_dict(), "teacher": self.teacher.module.state_dict(),
             "updates": int(self.teacher.n_averaged), "optimizer": self.optimizer.state_dict(),
@@ -520,9 +520,7 @@ class Run:
         protocol = Protocol(args.eval_mode, args.crop)
         result = evaluate(self.teacher, data, data.val, self.device, protocol, args.workers, self.rank, self.world)
         if result["miou"] is None:
-            raise InputError(
-                "no pixel of the validation images has a label; expected masks of class indices, not 255 alone"
-            )
+            raise InputError("no pixel of the validation images has a label; expected class indices, not 255 alone")
         improved = result["miou"] > self.best
         self.best = max(self.best, result["miou"])
         if self.rank == 0:
@@ -537,28 +535,19 @@ class Run:
         return result
 
 
-@contextmanager
-def noticed_signals(noticed):
-    """SIGTERM and SIGINT are appended to a list, in place of ending the process at once."""
-    before = {
-        number: signal.signal(number, lambda number, _: noticed.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+def train(run):
+    """Does the `steps`, and meanwhile takes down SIGTERM and SIGINT in place of ending at once."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: run.noticed.append(number)) for number in numbers]
     try:
-        yield
+        steps(run)
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
-def train(run):
-    """The loop: from run.step to --iters. SIGTERM and SIGINT save a checkpoint and end it with 128 + their number."""
-    with noticed_signals(run.noticed):
-        steps(run)
-
-
 def steps(run):
-    """See `train`."""
+    """The loop: from run.step to --iters. A signal saves a checkpoint and ends it with 128 + its number."""
     args, optimizer = run.args, run.optimizer
     loader = training_loader(
         run.data, range(run.step, args.iters), args.batch_size, args.crop, args.framework, args.seed,
@@ -620,32 +609,17 @@ def steps(run):
 # ----------------------------------------------------------------------------------------------------------------------
 # arguments
 
-MAY_CHANGE = {
-    "resume",
-    "out",
-    "root",
-    "splits",
-    "workers",
-    "device",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "compile",
-    "tensorboard",
-}
+MAY_CHANGE = set("resume out root splits workers device log_every eval_every save_every compile tensorboard".split())
 
 
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
-    preset = {}
+    given = {name for name, value in vars(args).items() if value is not None}
+    if given & {"epochs", "iters"}:
+        given |= {"epochs", "iters"}
     for dataset, devices, _, numbers in PRESETS:
         if dataset == args.dataset and device.type in devices:
-            preset |= numbers
-    if args.epochs or args.iters:
-        preset = {name: value for name, value in preset.items() if name not in ("epochs", "iters")}
-    for name, value in preset.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+            vars(args).update({name: value for name, value in numbers.items() if name not in given})
     if args.amp is None:
         args.amp = device.type == "cuda"
     if args.out is None:
@@ -714,34 +688,20 @@ def data_arguments(add):
 
 def method_arguments(add):
     """The paper."""
-    add(
-        "--framework",
-        choices=("fixmatch", "cutmixseg", "supervised"),
-        default="fixmatch",
-        help="strong view: colors and CutMix, or CutMix alone; supervised: labeled images alone [paper]",
-    )
+    frameworks = ("fixmatch", "cutmixseg", "supervised")
+    said = "strong view: colors and CutMix, or CutMix alone; supervised: labeled images alone [paper]"
+    add("--framework", choices=frameworks, default="fixmatch", help=said)
     add("--refinement", action=SWITCH, default=True, help="Eqs. 7-10; without: the baseline [paper]")
-    add(
-        "--neighborhood",
-        type=neighborhood,
-        choices=(3, 5, 7, "cross"),
-        default=3,
-        help="N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]",
-    )
-    add(
-        "--dilation", type=COUNT, default=1, help="distance between neighbors, pixels; 4 is the logits' own grid [ours]"
-    )
+    said = "N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]"
+    add("--neighborhood", type=neighborhood, choices=(3, 5, 7, "cross"), default=3, help=said)
+    add("--dilation", type=COUNT, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
     add("--neighbors", type=COUNT, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
     add("--distance-weight", action=SWITCH, default=True, help="beta of Eq. 10; without: 1 [paper]")
     add("--prior", action=SWITCH, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=SHARE, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add(
-        "--threshold",
-        type=float,
-        help="a fixed one in place of Eq. 6; default: none [FixMatch: 0.95, of --confidence max]",
-    )
+    add("--threshold", type=float, help="a fixed one, in place of Eq. 6 [FixMatch: 0.95, of --confidence max]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--ema", type=SHARE, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
     add("--cutmix", type=SHARE, default=0.5, help="probability per image, Appendix D [paper]")
@@ -772,23 +732,13 @@ def run_arguments(add):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
     add("--amp", action=SWITCH, help="bfloat16 autocast; default: on CUDA")
     add("--compile", action=SWITCH, default=False, help="torch.compile the networks and the pseudo-labels")
-    add(
-        "--deterministic",
-        action=SWITCH,
-        default=False,
-        help="ask for deterministic CUDA kernels; the CPU's are so already",
-    )
+    add("--deterministic", action=SWITCH, default=False, help="ask for deterministic CUDA kernels; the CPU's are")
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint")
     add("--eval-mode", choices=EVAL_MODES, help="at original size, in sliding windows of --crop, or its center crop")
     add("--log-every", type=COUNT, help="steps between log lines")
     add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
-    add(
-        "--tensorboard",
-        action=SWITCH,
-        default=False,
-        help="also write the log, panels and histograms for TensorBoard, to --out",
-    )
+    add("--tensorboard", action=SWITCH, default=False, help="log, panels and histograms for TensorBoard too")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
 

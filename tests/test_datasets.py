@@ -352,7 +352,7 @@ def test_cityscapes_says_what_to_download_and_what_is_there(tmp_path, monkeypatc
         "gtFine_trainvaltest.zip" in said and "val: 1 of 2 masks are there" in said and "train: 4 of 4 images" in said
     )
     D.main(["cityscapes", "--root", str(tmp_path / "empty")])
-    assert "nothing is there yet" in capsys.readouterr().out
+    assert "not complete yet" in capsys.readouterr().out
 
 
 def test_check_lists_everything_that_is_missing_or_broken_at_once(tmp_path, capsys):

@@ -77,7 +77,7 @@ class Evil:
 def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
     with pytest.raises(InputError, match="is not there; expected the last.pth"):
         E.load_checkpoint(tmp_path / "none.pth")
-    parts = ("step", "classes", "labeled", "val", "palette", "preprocessing", "student", "teacher")
+    parts = ("step", "classes", "labeled", "unlabeled", "val", "palette", "preprocessing", "student", "teacher")
     old = dict.fromkeys(parts, 0) | {"args": {"dataset": "shapes"}}
     other = old | {"args": dict.fromkeys(E.RUN_ARGUMENTS), "preprocessing": {"mean": [0.5] * 3, "std": [1.0] * 3}}
     for name, content in (
@@ -265,7 +265,7 @@ def test_accuracy_at_equal_coverage_matches_sorted_pixels():
 def test_the_report_sees_the_center_crop_alone_where_it_is_asked_for():
     data = open_dataset("shapes", "", 3)
     protocol, options = E.Protocol("center-crop", 32), refinement_options_of()
-    sizes = [tuple(image.shape) for image, _ in E.images_to_predict(data, data.val[:1], protocol, 0, 0, 1)]
+    sizes = [tuple(image.shape) for image, _ in E.images_to_score(data, data.val[:1], protocol, 0, 0, 1)]
     assert sizes == [(1, 3, 32, 32)]
     crop = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options, protocol)
     whole = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options)

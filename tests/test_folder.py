@@ -147,6 +147,36 @@ def test_other_mistakes_in_a_folder_get_a_sentence(tmp_path):
         opened(root)
     with pytest.raises(InputError, match="has 1 painted images; expected two or more"):
         opened(folder(tmp_path / "few", masks=1))
+    for names in ("soil\nweed\nweed\n", "soil\nall\nweed\n"):
+        (folder(tmp_path / names[-5], images=5) / "classes.txt").write_text(names)
+        with pytest.raises(InputError, match="names a class twice, or one of them all; expected another name for each"):
+            opened(tmp_path / names[-5])
+        shutil.rmtree(tmp_path / names[-5])
+
+
+def test_a_folder_needs_a_painted_image_beside_those_that_validate(tmp_path):
+    roots = [folder(tmp_path / name) for name in ("all validate", "none to learn from", "none at all")]
+    (roots[0] / "val.txt").write_text("".join(f"photo {i}\n" for i in range(6)))
+    for root in roots[1:]:
+        shutil.copytree(root, root / "val")
+        shutil.rmtree(root / "masks")
+        (root / "masks").mkdir()
+    shutil.rmtree(roots[2] / "val" / "masks")
+    (roots[2] / "val" / "masks").mkdir()
+    for root in roots:
+        with pytest.raises(InputError, match="has no painted image to learn from; expected masks/ for some of images/"):
+            opened(root)
+
+
+def test_rare_classes_are_seen_and_names_in_val_txt_count_once(tmp_path):
+    root = folder(tmp_path / "mine", images=40, masks=40)
+    for i in range(40):
+        values = [0, 255, 1] if i in (1, 2) else [0, 255]  # the sample of other datasets would miss both
+        Image.fromarray(painted(classes=values)).save(root / "masks" / f"photo {i}.png")
+    (root / "classes.txt").write_text("ground\nlesion\n")
+    (root / "val.txt").write_text("photo 1\nphoto 1\nphoto 3\n")
+    data = opened(root)
+    assert data.classes == ("ground", "lesion") and [item.id for item in data.val] == ["photo 1", "photo 3"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,6 +221,7 @@ def test_a_bad_table_of_colors_gets_a_sentence(tmp_path):
         ("soil,300\n", "soil,300"),
         ("", "expected lines"),
         ("soil\n", "'soil'"),
+        ("soil,1\nwheat,1\n", "names 1 twice; expected one class for it"),
     ):
         table.write_text(text)
         with pytest.raises(InputError, match=says):
@@ -249,21 +280,14 @@ def test_a_run_is_scored_on_its_own_validation_images_and_not_resumed_after_more
     assert [item.id for item in opened(root).val] == ["photo 4"]
     (root / "masks" / "photo 1.png").rename(root / "masks" / "photo 9.png")  # another one is the fifth now
     assert [item.id for item in opened(root).val] == ["photo 5"]
+    again = ["--dataset", "folder", "--root", root, "--iters", 2, "--warmup-epochs", 0, "--log-every", 1, "--resume"]
     with pytest.raises(InputError, match="began with 5 labeled images, and 5 others are there now"):
-        run(
-            checkpoint.parent,
-            "--dataset",
-            "folder",
-            "--root",
-            root,
-            "--iters",
-            2,
-            "--warmup-epochs",
-            0,
-            "--log-every",
-            1,
-            "--resume",
-        )
+        run(checkpoint.parent, *again)
+    (root / "masks" / "photo 9.png").rename(root / "masks" / "photo 1.png")
+    unlabeled = next((root / "images").glob("photo 8.*"))
+    unlabeled.rename(unlabeled.with_stem("photo 8b"))
+    with pytest.raises(InputError, match="began with 4 unlabeled images, and 4 others are there now"):
+        run(checkpoint.parent, *again)
     saved = torch.load(checkpoint, weights_only=True)
     data = opened(root, saved["labeled"], use=(), val=saved["val"])
     assert [item.id for item in data.val] == saved["val"] == ["photo 4"] and not set(data.val) & set(data.labeled)
@@ -330,9 +354,19 @@ def test_nothing_is_overwritten_nothing_is_skipped_silently(tmp_path, mine, caps
         with pytest.raises(InputError, match=says):
             predicted(mine[1], images_, tmp_path / masks)
     new = ["--images", "x", "--masks", "y"]
-    for options in (["--images", "x"], ["--threshold", "0.5"], [*new, "--threshold", "0.5"], [*new, "--json", "z"]):
+    for options in (["--images", "x"], ["--threshold", "0.5"], [*new, "--threshold", "0.5"], [*new, "--json", "z"],
+                    [*new, "--eval-mode", "center-crop"], ["--figures", "x", "--json", "y"]):  # fmt: skip
         with pytest.raises(SystemExit):
             E.parse_args(["last.pth", *options])
+
+
+def test_a_map_of_refined_entropy_stays_in_its_range():
+    logits = 0.6 * torch.randn(1, 7, 40, 48, generator=torch.Generator().manual_seed(0))
+    options = dict(threshold=-9.0, kind="entropy")
+    image = torch.zeros(3, 40, 48, dtype=torch.uint8)
+    mask, _, sure = E.predicted(lambda _: logits, image, torch.device("cpu"), E.Protocol(), options)
+    unsure = pseudo_labels(logits.softmax(1), None, **options).confidence[0] < -np.log(7)  # than seven equal classes
+    assert unsure.float().mean() > 0.9 and (sure[unsure] == 0).all() and (mask != 255).all()
 
 
 def test_pseudo_labels_of_broken_images_alone_name_each(tmp_path, mine, capsys):
@@ -343,12 +377,12 @@ def test_pseudo_labels_of_broken_images_alone_name_each(tmp_path, mine, capsys):
     assert "photo.jpg could not be read" in capsys.readouterr().err
 
 
-def test_an_overlay_by_blocks_is_the_overlay(monkeypatch):
+def test_an_overlay_by_blocks_is_the_overlay(monkeypatch, mine):
     monkeypatch.setattr(E, "BLOCK", 16)
     monkeypatch.setattr(E, "MARGIN", 4)
-    image, mask = torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), torch.randint(0, 4, (50, 37)).to(torch.uint8)
-    mask[:20, :20] = 255
-    assert torch.equal(E.overlay_by_blocks(image, mask), E.overlay(image, mask, 1, 0.5))
+    image, (model, _) = torch.randint(0, 256, (3, 50, 37), dtype=torch.uint8), model_and_run(mine[1])
+    mask, picture, _ = E.predicted(model, image, torch.device("cpu"), E.Protocol(), None)
+    assert torch.equal(picture, E.overlay(image, mask, 1, 0.5))
 
 
 def test_two_processes_predict_what_one_does(tmp_path, mine):
@@ -401,14 +435,14 @@ def test_blocks_cover_each_pixel_of_an_image_once_with_their_surroundings(monkey
 def test_an_image_larger_than_a_block_is_predicted_as_a_whole_one_but_for_its_seams(monkeypatch, mine):
     model, _ = model_and_run(mine[1])
     image = D.VF.pil_to_tensor(D.draw_shapes(3)[0].resize((300, 200)))
-    whole, _ = E.predicted(model, image, torch.device("cpu"), E.Protocol(), None)
+    whole, _, _ = E.predicted(model, image, torch.device("cpu"), E.Protocol(), None)
     monkeypatch.setattr(E, "BLOCK", 160)
     monkeypatch.setattr(E, "MARGIN", 64)
     largest, predict = [], E.predict
     monkeypatch.setattr(
         E, "predict", lambda model, image, protocol: largest.append(image.shape) or predict(model, image, protocol)
     )
-    mask, sure = E.predicted(model, image, torch.device("cpu"), E.Protocol(), None)
+    mask, _, sure = E.predicted(model, image, torch.device("cpu"), E.Protocol(), None)
     assert mask.shape == sure.shape == (200, 300) and len(largest) == 4 and max(map(max, largest)) <= 160 + 128
     assert (mask == whole).float().mean() > 0.7  # the network looks at all that it sees at once, so seams may differ
 
