@@ -130,7 +130,9 @@ class Teacher(AveragedModel):
         """One update, without waiting for the device: the library's own copies its counter there each time."""
         average = get_ema_multi_avg_fn(ema_decay(int(self.n_averaged), self.decay))  # the counter is on the CPU
         average([*self.module.parameters()], [*student.parameters()], None)
-        torch._foreach_copy_([*self.module.buffers()], [*student.buffers()])
+        buffers = list(zip(self.module.buffers(), student.buffers()))
+        for kind in {buffer.dtype for buffer, _ in buffers}:  # one launch for each; mixed, they are copied one by one
+            torch._foreach_copy_(*map(list, zip(*(pair for pair in buffers if pair[0].dtype == kind))))
         self.n_averaged += 1
 
 

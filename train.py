@@ -288,8 +288,9 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+        weights = "none" if checkpoint else args.weights  # the checkpoint holds what they have become
         try:
-            self.model = DeepLabV3Plus(args.backbone, len(self.data.classes), args.output_stride, args.weights)
+            self.model = DeepLabV3Plus(args.backbone, len(self.data.classes), args.output_stride, weights)
         except ValueError as error:
             raise InputError(str(error)) from error
         self.model.to(self.device, memory_format=torch.channels_last)
@@ -314,7 +315,10 @@ class Run:
         if self.world > 1:
             self.student = DistributedDataParallel(self.model, broadcast_buffers=False)
         if args.compile:
-            self.student, self.predict = torch.compile(self.student), torch.compile(self.teacher)
+            # For each batch size anew: a symbolic one costs speed. SyncBatchNorm breaks the student's graph at every layer.
+            self.predict = torch.compile(self.teacher, dynamic=False)
+            if self.world == 1 or self.device.type == "cpu":
+                self.student = torch.compile(self.student, dynamic=False)
             use_compiler((args.batch_size, len(self.data.classes), args.crop, args.crop))
 
     def restarted(self):
@@ -731,7 +735,7 @@ def run_arguments(add):
     """How and where."""
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
     add("--amp", action=SWITCH, help="bfloat16 autocast; default: on CUDA")
-    add("--compile", action=SWITCH, default=False, help="torch.compile the networks and the pseudo-labels")
+    add("--compile", action=SWITCH, default=False, help="torch.compile teacher, pseudo-labels and, on one GPU, student")
     add("--deterministic", action=SWITCH, default=False, help="ask for deterministic CUDA kernels; the CPU's are")
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--eval-every", type=COUNT, help="epochs between evaluations; each saves a checkpoint")

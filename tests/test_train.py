@@ -28,7 +28,7 @@ import evaluate as E
 import train as T
 from data import Data, InputError, Item, strong_views
 from evaluate import pseudo_label_figures, refinement_options, stop_on_input_error
-from model import DeepLabV3Plus, ema_teacher
+from model import DeepLabV3Plus, ema_teacher, resnet
 from refine import pseudo_labels
 
 ROOT = Path(__file__).parent.parent
@@ -817,6 +817,16 @@ def test_a_run_says_first_what_it_trains_on_and_how_long(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.startswith(f"{images}; {steps}; writes to {tmp_path}\n{{")
     run(tmp_path / "alone", "--iters", 1, "--framework", "supervised")
     assert "; 1 steps of 2 labeled images; writes to" in capsys.readouterr().out
+
+
+def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.SHAPES_VAL", 1)
+    weights = tmp_path / "resnet10.pth"
+    torch.save(resnet("resnet10").state_dict(), weights)
+    common = ["--iters", 1, "--warmup-epochs", 0, "--weights", weights]
+    saved = run(tmp_path / "run", *common)
+    weights.unlink()
+    assert equal_states(run(tmp_path / "run", *common, "--resume"), saved)
 
 
 def test_an_interrupted_program_ends_without_a_traceback(capsys):
