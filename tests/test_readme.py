@@ -1,129 +1,106 @@
-"""README.md: each of its commands is run, shortened, on little trees; its tables name lists that exist."""
+"""README.md and docs/: each of their commands is run, shortened, on little trees; their tables name lists and tests that exist."""
 
+import importlib
 import re
 import shlex
 import shutil
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
 import benchmark
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_data import camvid
-from test_datasets import cityscapes, pascal
 from torch import nn
+from trees import camvid, cityscapes, folder, pascal
 
 import data
-import evaluate
 import train
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-COMMAND = re.compile(r"^(?:\S*python3?|torchrun .*?) (?:-m )?(train|evaluate|data)\.py\b(.*)$")
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMAND = re.compile(r"^(?:\S*python3?|torchrun .*?) (train|evaluate|tools/\w+|tests/benchmark)\.py\b(.*)$")
 
 
-def commands():
-    """(script, arguments) of every line that runs one of the scripts, in blocks of commands."""
+def commands(page):
+    """(script, arguments) of every line that runs one of the scripts, in the page's blocks of commands, in their order."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGES[page], re.M | re.S):
         for line in block.splitlines():
-            match = COMMAND.match(line.split("&&")[-1].split(" > ")[0].strip())
-            if match:
-                found.append((match[1], tuple(shlex.split(match[2], comments=True))))
+            match = COMMAND.match(line.split("&&")[-1].strip())
+            if match and "DATASET" not in line and "CELL" not in line:
+                found.append((match[1], shlex.split(match[2], comments=True)))
     return found
 
 
-def table_cells():
+def cells():
     """The arguments of every cell of Tables 1-3."""
-    cells = []
-    for dataset, body in re.findall(r"^\*\*Table \d\*\*.*`--dataset (\w+)`\n\n((?:\|.*\n)+)", README, re.M):
+    found = []
+    for dataset, body in re.findall(r"^\*\*Table \d\*\*.*`--dataset (\w+)`\n\n((?:\|.*\n)+)", PAGES["reproduce.md"], re.M):
         head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in body.splitlines()]
         for row in rows:
             for column, figures in zip(head[2:], row[2:]):
                 assert re.fullmatch(r"(\d+\.\d+|-) /( \d+\.\d+)?", figures), row
-                cells.append(("--dataset", dataset, "--labeled", column, *shlex.split(row[1].strip("`"))))
-    return cells
+                found.append(("--dataset", dataset, "--labeled", column, *shlex.split(row[1].strip("`"))))
+    return found
 
 
 def test_the_commands_and_tables_are_found():
-    assert len(commands()) > 20 and {name for name, _ in commands()} == {"train", "evaluate", "data"}
-    assert len(table_cells()) == 7 * 5 + 4 * 4 + 4 * 4 and len(set(table_cells())) == len(table_cells())
+    assert len(commands("README.md")) >= 10 and len(commands("reproduce.md")) >= 11 and len(commands("faq.md")) >= 5
+    assert len(cells()) == 7 * 5 + 4 * 4 + 4 * 4 and len(set(cells())) == len(cells())
 
 
-@pytest.mark.parametrize("name, arguments", sorted(set(commands())))
-def test_a_command_is_one_that_its_script_takes(name, arguments):
-    if "DATASET" in arguments:  # the pattern of the tables
-        return
-    args = {"train": train, "evaluate": evaluate, "data": data}[name].parse_args(list(arguments))
-    if name == "train":
-        train.fill_presets(args, torch.device("cuda"))
+@pytest.mark.parametrize("arguments", cells(), ids=" ".join)
+def test_a_cell_of_the_tables_names_a_published_list(arguments):
+    args = train.parse_args(list(arguments))
+    train.fill_presets(args, torch.device("cuda"))
+    assert (data.SPLITS / args.dataset / f"{args.labeled}.txt").is_file() and args.epochs == 80
 
 
 SHORT = [
-    "--iters", "2", "--warmup-epochs", "0", "--crop", "32", "--batch-size", "2", "--backbone", "resnet10", "--weights", "none",
-    "--workers", "0", "--device", "cpu", "--log-every", "1",
+    "--iters", "2", "--warmup-iters", "0", "--crop", "32", "--backbone", "resnet10", "--weights", "none", "--workers", "0",
+    "--device", "cpu", "--log-every", "1",
 ]  # fmt: skip
 
 
 @pytest.fixture
 def little_world(tmp_path, monkeypatch):
-    """A working directory with the datasets that README's commands name, a few images each, under lists of their names."""
+    """A working directory with the datasets that the commands name, a few images each, under lists of their names."""
     splits = tmp_path / "splits"
-    camvid(tmp_path / "data" / "camvid", train=5, val=2, size=(64, 48))
+    camvid(tmp_path / "data" / "camvid", train=50, val=2)
     pascal(tmp_path / "data" / "VOCdevkit" / "VOC2012", splits)
     cityscapes(tmp_path / "data" / "cityscapes", splits)
+    folder(tmp_path / "data" / "mine", images=6, annotated=4, val=0)
     for number in data.SPLITS.glob("pascal/[1-9]*.txt"):
         if number.stem != "1464":
             shutil.copy(splits / "pascal" / "2.txt", splits / "pascal" / number.name)
-    masks = tmp_path / "data" / "painted" / "masks"
-    masks.mkdir(parents=True)
-    Image.fromarray(np.repeat([[[9, 8, 7]], [[0, 0, 255]]], 20, 1).astype(np.uint8)).save(masks / "a.png")
     monkeypatch.setattr(data, "SPLITS", splits)
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 30)
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 
 
-def run_line(line, capsys):
-    """Runs one command of README in this process, a training run for two steps. torchrun's own part is tested elsewhere."""
-    line = line.split("&&")[-1].split("  #")[0].strip()
-    match = COMMAND.match(line.split(" > ")[0])
-    if match is None:
-        subprocess.run(line, shell=True, check=True)
-        return
-    name, arguments = match[1], shlex.split(match[2])
-    capsys.readouterr()
-    if name == "train":
-        if "camvid" in arguments:  # five images are fewer than the number asked for
-            arguments[arguments.index("--labeled") + 1] = "2"
-        train.train(train.Run(train.parse_args(arguments + SHORT)))
-    elif name == "evaluate":
-        evaluate.main(arguments + ([] if "--figures" in arguments else ["--device", "cpu"]))
-    else:
-        data.main(arguments)
-    if " > " in line:
-        Path(line.split(" > ")[1]).write_text(capsys.readouterr().out)
+def run_command(script, arguments):
+    """Runs one command in this process, a training run for two steps. torchrun's own part is tested elsewhere."""
+    module = importlib.import_module(Path(script).name)
+    if script == "train":
+        batch = [] if "--batch-size" in arguments and arguments[arguments.index("--batch-size") + 1] == "6" else ["--batch-size", "2"]
+        out = [] if "--out" in arguments else ["--out", f"runs/{len(list(Path('runs').glob('*')))}"] if batch == [] else []
+        arguments = [*arguments, *SHORT, *batch, *out]
+    elif script == "evaluate" or script in ("tools/predict", "tools/report"):
+        arguments = [*arguments, "--device", "cpu"]
+    module.main(module.parse_args(arguments))
 
 
-def test_every_command_runs(little_world, capsys):
-    done = []
-    for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
-        for line in block.splitlines():
-            if line.startswith("python3 -m venv"):  # .ci/run runs these two
-                continue
-            if "DATASET" in line or "CELL" in line:  # the pattern of the tables, whose cells are looked at below
-                continue
-            if "--figures" in line and find_spec("matplotlib") is None:
-                continue
-            run_line(line, capsys)
-            done.append(line)
-            if "data.py shapes" in line:  # the rest of the circle on few images
-                for path in sorted(Path("data/drawn").rglob("*.png")):
-                    if int(path.stem) > 4 and int(path.stem) not in (20, 101, 102, 480, 481):
-                        path.unlink()
-    assert len(done) > 30
+@pytest.mark.parametrize("page", ["README.md", pytest.param("reproduce.md", marks=pytest.mark.slow), "faq.md"])
+def test_every_command_runs(little_world, page):
+    if page == "faq.md":
+        run_command("train", [])  # whose checkpoint the page looks at
+    for script, arguments in commands(page):
+        if "--figures" in arguments and find_spec("matplotlib") is None:
+            continue
+        run_command(script, arguments)
 
 
 def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
@@ -133,29 +110,24 @@ def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
 
 
 def test_the_lines_for_other_code_run():
-    code = re.search(r"^```python\n(.*?)^```", README, re.M | re.S)[1]
-    student, teacher = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1)
-    names = {
-        "student": student,
-        "teacher": teacher.requires_grad_(False),
-        "F": nn.functional,
-        "step": 3,
-        "total_steps": 9,
-    }
+    code = re.search(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)[1]
+    student, teacher = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1).requires_grad_(False)
+    names = {"student": student, "teacher": teacher, "F": nn.functional, "step": 3, "total_steps": 9}
     names |= {"weak": torch.randn(2, 3, 16, 16), "strong": torch.randn(2, 3, 16, 16)}
     exec(code, names)
     names["loss_u"].backward()
     assert student.weight.grad.abs().sum() > 0 and 0 < (names["pseudo"].label != 255).float().mean() < 1
 
 
-@pytest.mark.parametrize("arguments", table_cells(), ids=" ".join)
-def test_a_cell_of_the_tables_names_a_published_list(arguments):
-    args = train.parse_args(list(arguments))
-    train.fill_presets(args, torch.device("cuda"))
-    assert (data.SPLITS / args.dataset / f"{args.labeled}.txt").is_file() and args.epochs == 80
-
-
-def test_the_tests_behind_the_promises_exist():
-    named = re.findall(r"`(test_\w+)` \|$", README, re.M)
+def test_the_tests_behind_the_guarantees_exist():
+    named = re.findall(r"`(test_\w+)` \|$", PAGES["guarantees.md"], re.M)
     sources = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert len(named) >= 9 and all(f"def {name}(" in sources for name in named)
+    missing = [name for name in named if f"def {name}(" not in sources]
+    assert len(named) >= 12 and not missing, missing
+
+
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (folder / target).exists(), f"{page}: {target}"
