@@ -26,62 +26,30 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as VF
 
-from data import (
-    DATASETS,
-    IGNORE,
-    InputError,
-    cutmix,
-    generator,
-    normalize,
-    open_dataset,
-    read,
-    sample_numbers,
-    strong_views,
-    training_loader,
-)
-from evaluate import (
-    EVAL_MODES,
-    Protocol,
-    evaluate,
-    label_counts,
-    label_figures,
-    label_options,
-    number,
-    panel,
-    panel_items,
-    run_script,
-    table,
-)
+from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, sample_numbers
+from data import strong_views, training_loader
+from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
+from evaluate import panel_items, run_script, table
 from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, save_checkpoint, start_processes, update_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
 ANY = ("cpu", "cuda")
-SMALL = dict(
-    crop=128, backbone="mobilenet_v2", weights="imagenet", iters=2000, warmup_iters=300, batch_size=4, optimizer="adamw",
-    workers=1,
-)
-LARGE = dict(  # untuned: the same with a larger encoder
-    crop=321, backbone="resnet50", weights="imagenet", iters=6000, warmup_iters=300, batch_size=8, optimizer="adamw",
-    workers=8,
-)
-TUNED = {  # learning rates of SMALL, on supervised runs: 46 labeled images of CamVid; 31 of seven classes of PASCAL as a folder
-    "camvid": dict(lr=0.0005, head_lr=0.005),
-    "folder": dict(lr=0.0001, head_lr=0.001),
-}
+SMALL = dict(crop=128, backbone="mobilenet_v2", iters=2000, batch_size=4, workers=1)
+LARGE = dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8)  # untuned
+PHOTOGRAPHS = dict(
+    weights="imagenet", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20, eval_mode="original",
+)  # fmt: skip
 PRESETS = (
     ("shapes", ANY, "ours", dict(
         labeled="24", crop=64, backbone="resnet10", weights="none", iters=1000, warmup_iters=200, batch_size=4, optimizer="sgd",
         lr=0.02, head_lr=0.02, weight_decay=5e-4, workers=1, log_every=20, eval_mode="original", sup_loss="ce",
     )),
-    ("camvid", ANY, "ours", dict(labeled="46", weight_decay=1e-4, log_every=20, eval_mode="original", sup_loss="ce")),
-    ("camvid", ANY, "ours", TUNED["camvid"]),
-    ("camvid", ("cpu",), "ours", SMALL),
-    ("camvid", ("cuda",), "ours", LARGE),
-    ("folder", ANY, "ours", dict(labeled="all", weight_decay=1e-4, log_every=20, eval_mode="original", sup_loss="ce")),
-    ("folder", ANY, "ours", TUNED["folder"]),
-    ("folder", ("cpu",), "ours", SMALL),
-    ("folder", ("cuda",), "ours", LARGE),
+    # Learning rates: tuned on supervised runs of SMALL, on 46 labeled images of CamVid, and, for folders, on 31 of PASCAL.
+    ("camvid", ANY, "ours", PHOTOGRAPHS | dict(labeled="46", lr=0.0005, head_lr=0.005)),
+    ("camvid", ("cpu",), "ours", SMALL), ("camvid", ("cuda",), "ours", LARGE),
+    ("folder", ANY, "ours", PHOTOGRAPHS | dict(labeled="all", lr=0.0001, head_lr=0.001)),
+    ("folder", ("cpu",), "ours", SMALL), ("folder", ("cuda",), "ours", LARGE),
     ("pascal", ANY, "paper", dict(  # Appendix D; 1/4 is the partition of Sec. 4.3
         labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, optimizer="sgd", lr=0.001,
         head_lr=0.01, weight_decay=1e-4, sup_loss="ce",
