@@ -1,16 +1,19 @@
-"""How fast it is, on the device that there is: medians of side-by-side runs, each beside its floor or its rival.
+"""How fast the program is on this machine, and how much memory it takes, beside a floor or a rival.
 
     python tests/benchmark.py                                     # everything that this machine can run
     python tests/benchmark.py --only labels --peer DIR            # DIR: a checkout of github.com/s4mcontext/s4mc
     python tests/benchmark.py --only scale                        # as batch, crop, classes and loader workers grow
     python tests/benchmark.py --only processes                    # one process beside several
 
-Nothing is asserted about time. Figures of a busy machine are worthless: all rows of a table alternate, and their
-medians are printed with the slowest and fastest round.
+The rows of a table are measured in turns; each is a median, with the fastest and the slowest round behind it. Nothing is
+asserted about time, and figures of a busy machine are worthless.
 """
 
 import argparse
+import copy
+import gc
 import importlib
+import itertools
 import os
 import platform
 import random
@@ -21,7 +24,6 @@ import time
 import types
 from datetime import date
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +42,25 @@ import data as D  # noqa: E402
 import evaluate as E  # noqa: E402
 import refine as R  # noqa: E402
 import train as T  # noqa: E402
-from model import DeepLabV3Plus, average_batchnorm, ema_teacher  # noqa: E402
+from model import ENCODERS, DeepLabV3Plus, ema_decay, update_teacher  # noqa: E402
 
 ROUNDS = 7
+
+
+def measured(rivals, device, rounds=None):
+    """{name: [seconds per call of each round]} of functions without arguments, in turns; a first round warms up."""
+    seconds = {name: [] for name in rivals}
+    calls = 10 if device.type == "cuda" else 1  # in a run, too, the host works ahead of a GPU
+    for round in range((rounds or ROUNDS) + 1):
+        for name, function in rivals.items():
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(calls):
+                function()
+            synchronize(device)
+            if round:
+                seconds[name].append((time.perf_counter() - began) / calls)
+    return seconds
 
 
 def synchronize(device):
@@ -50,86 +68,56 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def measured(rivals, device, rounds=ROUNDS):
-    """{name: [seconds of each round]} of functions without arguments, in turns; the first round of each is not counted."""
-    seconds = {name: [] for name in rivals}
-    for round in range(rounds + 1):
-        for name, function in rivals.items():
-            synchronize(device)
-            began = time.perf_counter()
-            function()
-            synchronize(device)
-            if round:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+def peak_memory(build, device):
+    """(bytes held at most during the second call of the function that `build` returns, the function).
 
-
-def show(title, seconds, unit=1e3, suffix="ms", against=None, notes=(), beside={}):
-    """Prints a table: median, smallest, largest, the median against the named row, what `beside` says of a row."""
-    print(f"\n{title}")
-    base = statistics.median(seconds[against]) if against in seconds else None
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        ratio = f"{base / median:8.1f} x {against}" if base and name != against else ""
-        print(
-            f"  {name:44}{median * unit:10.2f} {suffix}   ({min(times) * unit:.2f} to {max(times) * unit:.2f}){ratio}"
-            f"{beside.get(name, '')}"
-        )
-    for note in notes:
-        print(f"  {note}")
-
-
-def peak_memory(function, device):
-    """Bytes that a function holds at most beyond what there was, at its first call.
-
-    On the CPU only what PyTorch's allocator hands out is seen, and NumPy's memory is not; what was there before the first
-    call goes on counting where the function frees it.
+    What building leaves behind counts too: a step's networks, gradients and momentum. On the CPU it is the most of
+    building and both calls, as PyTorch's allocator sees it; NumPy's memory is not in it.
     """
+    gc.collect()
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        function = build()
+        function()  # the compiler tries out kernels here, in memory of its own
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, function
     with torch.autograd.profiler.profile(profile_memory=True) as record:
+        function = build()
+        function()
         function()
     events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # negative where freed
-    return max(accumulate(changes, initial=0))
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # negative: freed
+    return max(itertools.accumulate(changes, initial=0)), function
 
 
-def operations(function):
-    """Floating-point operations of a function's matrix products and convolutions; multiply and add are two."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def large_product(device, dtype):
-    """(a function that multiplies two large matrices, its floating-point operations, 2 n^3)."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return lambda: a @ b, 2 * n**3
+def show(title, seconds, unit=1e3, suffix="ms", against=None, beside={}):
+    """Prints a table: median, smallest, largest, how many times as fast as the row `against`, and `beside`, by row."""
+    print(f"\n{title}")
+    for name, times in seconds.items():
+        median, ratio = statistics.median(times), ""
+        if against in seconds and name != against:
+            ratio = f"{statistics.median(seconds[against]) / median:8.1f} x {against}"
+        spread = f"({min(times) * unit:.2f} to {max(times) * unit:.2f})"
+        print(f"  {name:44}{median * unit:10.2f} {suffix}   {spread}{ratio}{beside.get(name, '')}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the rival: the authors' code
+# pseudo-labels
 
 
-def peer_labels(folder):
-    """The authors' function of logits (B,C,H,W) that labels, or None. Their cross-entropy is left out of it."""
-    if folder is None:
-        return None
+def load_peer(folder):
+    """The authors' code as a function of logits (B,21,H,W) that decides their pseudo-labels, without their loss."""
     sys.path.insert(0, str(folder))
-    for missing in ("skimage", "skimage.measure"):  # imported there, unused in what is run here
+    for missing in ("skimage", "skimage.measure"):  # imported there, but not used by what runs here
         sys.modules.setdefault(missing, types.ModuleType(missing))
     sys.modules["skimage.measure"].label = sys.modules["skimage.measure"].regionprops = None
     try:
         helper = importlib.import_module("s4mc_utils.utils.loss_helper")
     except ImportError as error:
-        print(f"--peer {folder}: {error}; expected a checkout of s4mcontext/s4mc and what it imports")
-        return None
+        sys.exit(f"--peer {folder} could not be imported ({error}); expected a checkout of s4mcontext/s4mc, and SciPy")
     helper.F = types.SimpleNamespace(cross_entropy=lambda *_, **__: 0.0)
 
     def label(logits):
@@ -139,177 +127,205 @@ def peer_labels(folder):
     return label
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what is measured
-
-
 def smooth_logits(batch, classes, side, device):
     """Logits like a network's: bilinear from a quarter of the side."""
     small = 3 * torch.randn(batch, classes, side // 4 + 1, side // 4 + 1, device=device)
     return F.interpolate(small, (side, side), mode="bilinear")
 
 
-def benchmark_labels(device, peer):
-    """Full-resolution logits to labels, beside copying the logits once and the authors' code."""
-
-    def ours(logits, compiled):
-        if compiled:
-            R._COMPILED[logits.shape] = function
-        result = R.pseudo_labels(logits.softmax(1), 0.4)
-        R._COMPILED.clear()
-        return result
-
+def benchmark_labels(device, peer, backbone):
+    """Full-resolution logits to labels, beside copying the logits once and the authors' code; the threshold alone."""
     for batch, classes, side in ((3, 21, 513), (3, 2, 513), (2, 19, 769), (1, 150, 513)):
         logits = smooth_logits(batch, classes, side, device)
         torch._dynamo.reset()  # it gives up after eight shapes
-        R.use_compiler(logits.shape)
-        function = R._COMPILED.pop(logits.shape)
+        compiled = torch.compile(R.pseudo_labels, dynamic=False)
         rivals = {
             "copy the logits": logits.clone,
-            "S4MC": lambda: ours(logits, False),
-            "S4MC, compiled": lambda: ours(logits, True),
+            "S4MC": lambda: R.pseudo_labels(logits.softmax(1), 0.4),
+            "S4MC, compiled": lambda: compiled(logits.softmax(1), 0.4),
         }
-        if peer and classes == 21:  # the number their constants are for
+        if peer and classes == 21:  # their constants are for PASCAL
             rivals["authors' code"] = lambda: peer(logits)
-        size = logits.numel() * 4
-        if device.type == "cuda":
-            rivals["S4MC, compiled"]()  # the compiler tries kernels out at first, in memory of its own
-        peaks = {name: peak_memory(rival, device) for name, rival in rivals.items()}
-        notes = [f"peak beyond the logits, in logits: {name} {peak / size:.1f}" for name, peak in peaks.items() if peak]
-        show(
-            f"pseudo-labels, logits {tuple(logits.shape)}",
-            measured(rivals, device),
-            against="authors' code",
-            notes=notes,
-        )
-    conf = R.confidence(smooth_logits(3, 21, 513, device).softmax(1))
-    rivals = {"exact threshold": lambda: R.dpa_threshold(conf, 0.4), "sort": lambda: conf.flatten().sort()}
-    rivals["kthvalue"] = lambda: conf.flatten().kthvalue(300_000)
-    show(f"threshold of {conf.numel():,} pixels", measured(rivals, device))
+        size = logits.numel() * logits.element_size()
+        peaks = {name: peak_memory(lambda: rival, device)[0] / size for name, rival in rivals.items()}
+        beside = {name: f"   peak memory {peak:.1f} x the logits" for name, peak in peaks.items()}
+        title = f"pseudo-labels, logits {tuple(logits.shape)}"
+        show(title, measured(rivals, device), against="authors' code", beside=beside)
+    conf = R.confidence(smooth_logits(3, 21, 513, device).softmax(1)).flatten()
+    rivals = {
+        "exact threshold": lambda: R.dpa_threshold(conf, 0.4),
+        "sort": conf.sort,
+        "kthvalue": lambda: conf.kthvalue(1 + int(0.4 * (len(conf) - 1))),
+    }
+    show(f"threshold of {len(conf):,} pixels", measured(rivals, device))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the step
 
 
-def step_arguments(**changes):
-    args = dict(framework="cutmixseg", warmup_steps=0, iters=100, alpha0=0.4, lambda_u=1.0, cutmix=0.5, sup_loss="ce")
-    return argparse.Namespace(**args | changes)
-
-
 def random_batch(batch, classes, crop, device):
-    images = {
-        name: torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, device=device) for name in ("x", "weak")
-    }
-    y = torch.randint(0, classes, (batch, crop, crop), dtype=torch.uint8, device=device)
-    return images | {"y": y, "valid": torch.ones(batch, crop, crop, dtype=torch.bool, device=device)}
+    draw = partial(torch.randint, dtype=torch.uint8, device=device)
+    images = {name: draw(256, (batch, 3, crop, crop)) for name in ("x", "weak")}
+    valid = torch.ones(batch, crop, crop, dtype=torch.bool, device=device)
+    return images | {"y": draw(classes, (batch, crop, crop)), "valid": valid}
 
 
-def authors_step(student, teacher, batch, rng, peer):
-    """The authors' order of things, in fp32: two passes of the teacher, the second in training mode and on mixed images."""
-    x, weak, y = D.normalize(batch["x"]), D.normalize(batch["weak"]), batch["y"].long()
-    with torch.no_grad():
-        label = teacher.eval()(weak).softmax(1).max(1).indices
-    mixed, label = D.cutmix(weak, label, rng)
-    logits_x, logits_u = student(torch.cat([x, mixed])).split([len(x), len(mixed)])
-    with torch.no_grad():
-        teacher_logits = teacher.train()(torch.cat([x, mixed]))[len(x) :]
-        if peer:
-            peer(teacher_logits)  # their labels; the loss below has the same size whichever pixels it leaves out
-        else:
-            top = teacher_logits.softmax(1).topk(2, 1).values
-            margin = top[:, 0] - top[:, 1]
-            label = label.masked_fill(margin <= np.percentile(margin.cpu().numpy(), 40), 255)
-    return F.cross_entropy(logits_x, y, ignore_index=255) + F.cross_entropy(logits_u, label, ignore_index=255)
+def trainer(backbone, classes, batch, framework="cutmixseg", compiled=False, authors=False, peer=None, **options):
+    """A function that does train.py's next step, in the order of its main, on networks of its own.
 
-
-def base_point(device):
-    """The step that is measured: (backbone, classes, crop, labeled images; as many unlabeled ones)."""
-    return ("resnet101", 21, 513, 3) if device.type == "cuda" else ("resnet18", 21, 128, 4)
-
-
-def trainer(backbone, classes, device, amp, loss_of, layout=torch.channels_last):
-    """A function that does train.py's whole step on networks of its own; loss_of: (student, teacher, rng) -> loss."""
-    cuda, together = device.type == "cuda", dist.is_initialized()
-    model = DeepLabV3Plus(backbone, classes).to(device, memory_format=layout).train()
-    if together and cuda:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    teacher = ema_teacher(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and amp)
-    student = DistributedDataParallel(model, broadcast_buffers=False) if together else model
-    rng = np.random.default_rng(0)
+    batch: see `random_batch`, on the device. authors: their order of things instead, in fp32 and PyTorch's default
+    layout. options: those of `pseudo_labels`.
+    """
+    device, world = batch["x"].device, dist.get_world_size() if dist.is_initialized() else 1
+    cuda, layout = device.type == "cuda", torch.contiguous_format if authors else torch.channels_last
+    student = DeepLabV3Plus(backbone, classes).to(device, memory_format=layout).train()
+    if world > 1 and cuda:
+        student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and not authors)
+    networks = [student, teacher, R.pseudo_labels]
+    if world > 1:
+        networks[0] = DistributedDataParallel(student, broadcast_buffers=False)
+    if compiled:
+        networks[:2] = (torch.compile(network, dynamic=False) for network in networks[:2])
+        networks[2] = torch.compile(R.pseudo_labels)  # not static: alpha changes with each step
+    numbers = itertools.count()
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = loss_of(student, teacher, rng)
+        number = next(numbers)
+        rng = D.generator(0, "step", number)
+        torch.manual_seed(int(rng.integers(2**63)))
+        if authors:
+            loss = authors_loss(student, teacher, batch, rng, peer)
+        else:
+            loss = s4mc_loss(*networks, batch, number, rng, framework, options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if together and not cuda:
-            average_batchnorm(model, dist.get_world_size())
-        teacher.update_parameters(model)
+        if world > 1 and not cuda:
+            T.average_statistics(student, world)
+        update_teacher(teacher, student, ema_decay(number))
 
     return step
 
 
-def s4mc_loss(batch, framework="cutmixseg", **options):
-    """train.py's loss of a batch, for `trainer`; options: of `pseudo_labels`."""
-    args = step_arguments(framework=framework)
-    return lambda student, teacher, rng: T.training_losses(student, teacher, batch, 50, args, options, rng)[0]
+def s4mc_loss(forward, predict, label, batch, number, rng, framework, options):
+    """Eqs. 1-3 of a batch."""
+    x, y, device = D.normalize(batch["x"]), batch["y"], batch["x"].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        if framework == "supervised":
+            logits_x = forward(x)
+        else:
+            weak, valid = D.normalize(batch["weak"]), batch["valid"]
+            strong = weak
+            if framework == "fixmatch":
+                numbers = D.sample_numbers(number, len(x))
+                strong = D.normalize(D.strong_views(batch["weak"], 0, numbers))
+            with torch.no_grad():
+                prob = predict(weak).softmax(1)
+            pseudo = label(prob, R.dpa_alpha(number, 10_000), valid=valid, **options)
+            strong, target, valid = D.cutmix(rng, 0.5, strong, pseudo.label, valid)
+            logits_x, logits_u = forward(torch.cat([x, strong])).split([len(x), len(strong)])
+    loss_x = T.cross_entropy(logits_x, y, T.count(y != D.IGNORE))
+    if framework == "supervised":
+        return loss_x
+    return loss_x + T.cross_entropy(logits_u, target, T.count(target != D.IGNORE))
 
 
-def benchmark_step(device, peer):
-    """A step of training: images per second, memory, arithmetic, and what the pseudo-labels cost, beside the authors'."""
-    cuda = device.type == "cuda"
-    backbone, classes, crop, batch_size = base_point(device)
-    batch = random_batch(batch_size, classes, crop, device)
+def authors_loss(student, teacher, batch, rng, peer):
+    """Theirs: the teacher's second pass is in training mode and on the mixed images; a percentile is taken on the host."""
+    x, weak, y = D.normalize(batch["x"]), D.normalize(batch["weak"]), batch["y"].long()
+    with torch.no_grad():
+        label = teacher.eval()(weak).softmax(1).max(1).indices
+    mixed, label = D.cutmix(rng, 0.5, weak, label)
+    logits_x, logits_u = student(torch.cat([x, mixed])).split([len(x), len(mixed)])
+    with torch.no_grad():
+        teacher_logits = teacher.train()(torch.cat([x, mixed]))[len(x) :]
+        if peer and teacher_logits.shape[1] == 21:
+            peer(teacher_logits)  # the loss below costs the same, whichever pixels it leaves out
+        else:
+            top = teacher_logits.softmax(1).topk(2, 1).values
+            margin = top[:, 0] - top[:, 1]
+            label = label.masked_fill(margin <= np.percentile(margin.cpu().numpy(), 40), D.IGNORE)
+    loss_x, loss_u = (F.cross_entropy(*pair, ignore_index=D.IGNORE) for pair in ((logits_x, y), (logits_u, label)))
+    return loss_x + loss_u
 
-    of = partial(trainer, backbone, classes, device)
-    theirs = partial(of, False, layout=torch.contiguous_format)  # fp32 and PyTorch's default layout, as in their code
-    rivals = {
-        "S4MC": of(cuda, s4mc_loss(batch)),
-        "S4MC, no refinement, fixed threshold": of(cuda, s4mc_loss(batch, refinement=False, threshold=0.0)),
-        "labeled images alone": of(cuda, s4mc_loss(batch, "supervised")),
-        "authors' order": theirs(lambda student, teacher, rng: authors_step(student, teacher, batch, rng, peer)),
-    }
-    peaks = {name: peak_memory(rival, device) for name, rival in rivals.items()}
-    product, product_operations = large_product(device, torch.bfloat16 if cuda else torch.float32)
-    seconds = measured(rivals | {"product": product}, device)
-    product_seconds = seconds.pop("product")
-    images = dict.fromkeys(rivals, 2 * batch_size) | {"labeled images alone": batch_size}
-    notes = [f"{name}: {images[name] / statistics.median(times):.1f} images/s" for name, times in seconds.items()]
-    notes += [f"{name}: {peak / 2**30:.2f} GiB beyond the networks" for name, peak in peaks.items() if peak]
-    logits = smooth_logits(batch_size, classes, crop, device)
-    stage = measured({"stage": lambda: R.pseudo_labels(logits.softmax(1), 0.4)}, device)["stage"]
-    notes.append(f"pseudo-labels: {statistics.median(stage) / statistics.median(seconds['S4MC']):.1%} of the step")
-    rate = product_operations / statistics.median(product_seconds) / 1e12
-    count = operations(rivals["S4MC"]) / 1e12
-    notes.append(
-        f"model FLOPs utilization: {count / statistics.median(seconds['S4MC']) / rate:.1%} of the {rate:.3g} TFLOP/s "
-        f"that a matrix product reaches here; {count:.3g} TFLOP a step"
-    )
-    show(
-        f"step, {backbone}, {batch_size} + {batch_size} images of {crop}",
-        seconds,
-        against="authors' order",
-        notes=notes,
-    )
+
+def points(device):
+    """(classes, crop, labeled images of a step, as many unlabeled ones): where a step is measured."""
+    return [(21, 513, 3), (21, 513, 8)] if device.type == "cuda" else [(21, 128, 4)]
+
+
+def compare_steps(title, builds, images, device, against=None, alone={}):
+    """Prints time, images per second and memory of steps, {name: function that builds one}, and the time of functions `alone`.
+
+    images: {name: images of a step}. Returns the steps that fit into memory, and {name: median seconds} of all.
+    """
+    torch._dynamo.reset()
+    steps, peaks = {}, {}
+    for name, build in builds.items():
+        try:
+            peaks[name], steps[name] = peak_memory(build, device)
+        except torch.OutOfMemoryError:
+            print(f"\n{title}: {name} does not fit into the GPU's memory")
+    seconds = measured(steps | alone, device)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    beside = {name: f"{images[name] / medians[name]:9.1f} images/s{peaks[name] / 2**30:8.2f} GiB" for name in steps}
+    show(title, seconds, against=against, beside=beside)
+    return steps, medians
+
+
+def benchmark_step(device, peer, backbone):
+    """A step of training beside the authors' order of things; the share of pseudo-labels and of useful arithmetic."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for classes, crop, batch_size in points(device):
+        batch = random_batch(batch_size, classes, crop, device)
+        build = partial(partial, trainer, backbone, classes, batch)
+        builds = {
+            "S4MC": build(),
+            "S4MC, compiled": build(compiled=True),
+            "S4MC, strong views of FixMatch": build(framework="fixmatch"),
+            "S4MC, no refinement, fixed threshold": build(refinement=False, threshold=0.95),
+            "labeled images only": build(framework="supervised"),
+            "authors' order": build(authors=True, peer=peer),
+        }
+        images = dict.fromkeys(builds, 2 * batch_size) | {"labeled images only": batch_size}
+        logits = smooth_logits(batch_size, classes, crop, device)
+        alone = {"pseudo-labels alone": lambda: R.pseudo_labels(logits.softmax(1), 0.4), "matrix product": lambda: a @ b}
+        title = f"step, {backbone}, {batch_size} + {batch_size} images of {crop}"
+        steps, medians = compare_steps(title, builds, images, device, "authors' order", alone)
+        if "S4MC" not in steps:
+            continue
+        print(f"  pseudo-labels: {medians['pseudo-labels alone'] / medians['S4MC']:.1%} of the step")
+        with FlopCounterMode(display=False) as counter:
+            steps["S4MC"]()
+        operations, rate = counter.get_total_flops(), 2 * n**3 / medians["matrix product"]
+        print(f"  {operations / 1e12:.3g} TFLOP a step, at {operations / medians['S4MC'] / rate:.1%} of", end=" ")
+        print(f"the {rate / 1e12:.3g} TFLOP/s that the product of two {n} x {n} matrices reaches")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the loader
+# views and loader
 
 
-def photograph(width, height, rng):
-    """(image, mask) with a photograph's share of detail: smooth colors with some noise; patches."""
-    small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
-    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 8, (height, width, 3))
-    mask = Image.fromarray(rng.integers(0, 19, (height // 32, width // 32), dtype=np.uint8))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask.resize((width, height), Image.Resampling.NEAREST)
+def photographs(folder, count, size, suffix):
+    """A dataset of files with a photograph's share of detail: smooth colors with some noise; masks of patches."""
+    rng, items, (width, height) = np.random.default_rng(0), [], size
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+        pixels = np.asarray(small.resize(size, Image.Resampling.BICUBIC)) + rng.normal(0, 8, (height, width, 3))
+        mask = Image.fromarray(rng.integers(0, 19, (height // 32, width // 32), dtype=np.uint8))
+        items.append(D.Item(str(i), Path(folder) / f"{i}.{suffix}", Path(folder) / f"{i}-mask.png"))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(items[-1].image, quality=90)
+        mask.resize(size, Image.Resampling.NEAREST).save(items[-1].mask)
+    values = {"": D.mask_values({i: i for i in range(19)})}
+    return D.Data("photographs", ("",) * 19, (0.5, 2.0), values, items, items, [], [])
 
 
 class PlainViews:
-    """The pipeline of most repositories of this field: the whole image is resized, everything is done in turn."""
+    """The pipeline of most repositories of this field: the whole image is resized, in Pillow, and every view is float."""
 
     normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(D.MEAN, D.STD)])
     jitter, grey = transforms.ColorJitter(0.5, 0.5, 0.5, 0.25), transforms.RandomGrayscale(0.2)
@@ -335,59 +351,50 @@ class PlainViews:
             image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
         return self.normalize(image)
 
-    def labeled(self):
+    def sample(self, *views):
+        """The views, each a function of the weak image, and the mask."""
         image, mask = self.weak()
-        return self.normalize(image), torch.from_numpy(np.array(mask)).long()
-
-    def labeled_strongly(self):
-        image, mask = self.weak()
-        return self.strong(image), torch.from_numpy(np.array(mask)).long()
-
-    def both(self):
-        image, mask = self.weak()
-        return self.normalize(image), self.strong(image), torch.from_numpy(np.array(mask)).long()
+        return *(view(image) for view in views), torch.from_numpy(np.array(mask)).long()
 
 
-def benchmark_loader(device, peer):
-    """One worker's time for a sample, from files, beside the plain pipeline; a round is a row of samples."""
+def benchmark_loader(device, peer, backbone):
+    """One worker's time for a sample from files, beside the plain pipeline."""
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, suffix, size, crop, samples in (
-            ("PASCAL", "jpg", (500, 375), 513, 30),
-            ("Cityscapes", "png", (2048, 1024), 769, 5),
-        ):
-            image, mask = photograph(*size, rng)
-            item = D.Item(name, Path(folder) / f"{name}.{suffix}", Path(folder) / f"{name}-mask.png")
-            image.save(item.image, quality=90)
-            mask.save(item.mask)
-            data = D.Data(name, ("",) * 19, (0.5, 2.0), D.DATASETS["pascal"].values, [item], [item], [item], [])
-            views, plain = D.TrainingViews(data, crop, "supervised", 0), PlainViews(item, crop, (0.5, 2.0))
-            numbers = iter(range(10**6))
-            both = D.TrainingViews(data, crop, "fixmatch", 0)
-
-            def strong():
-                number = next(numbers)
-                return D.strong_views(both[number]["weak"][None], 0, [number])
-
+    for name, suffix, size, crop, count in (("PASCAL", "jpg", (500, 375), 513, 30), ("Cityscapes", "png", (2048, 1024), 769, 5)):
+        with tempfile.TemporaryDirectory() as folder:
+            data = photographs(folder, 1, size, suffix)
+            one, both = (D.TrainingViews(data, crop, framework, 0) for framework in ("supervised", "fixmatch"))
+            plain, numbers = PlainViews(data.labeled[0], crop, data.scales), itertools.count()
             rivals = {
-                "decoding image and mask": lambda: D.read(item, data),
-                "plain, labeled": plain.labeled,
-                "plain, labeled, with colors": plain.labeled_strongly,
-                "plain, weak and strong": plain.both,
-                "S4MC, labeled": lambda: views[next(numbers)],
+                "decoding image and mask": lambda: D.read(data.labeled[0], data),
+                "plain, labeled": lambda: plain.sample(plain.normalize),
+                "plain, labeled, with colors": lambda: plain.sample(plain.strong),
+                "plain, weak and strong": lambda: plain.sample(plain.normalize, plain.strong),
+                "S4MC, labeled": lambda: one[next(numbers)],
                 "S4MC, labeled and weak": lambda: both[next(numbers)],
-                "S4MC, labeled, weak and strong on the CPU": strong,
+                "S4MC, labeled, weak and strong on the CPU": lambda: D.strong_views(
+                    both[next(numbers)]["weak"][None], 0, [next(numbers)]
+                ),
             }
-            rows = {name: lambda one=one: [one() for _ in range(samples)] for name, one in rivals.items()}
-            seconds = measured(rows, torch.device("cpu"))
-            show(f"loader, {name}-like {size[0]} x {size[1]}, crop {crop}, a sample", seconds, 1e3 / samples)
+            rows = {row: lambda rival=rival: [rival() for _ in range(count)] for row, rival in rivals.items()}
+            title = f"loader, {name}-like {size[0]} x {size[1]}, crop {crop}, a sample"
+            show(title, measured(rows, torch.device("cpu")), 1e3 / count)
     if device.type == "cuda":
-        weak = torch.randint(0, 256, (8, 3, 513, 513), dtype=torch.uint8, device=device)
-        show(
-            "strong views of 8 x 513 x 513 on the GPU",
-            measured({"all 8": lambda: D.strong_views(weak, 0, range(8))}, device),
-        )
+        weak = random_batch(8, 2, 513, device)["weak"]
+        rows = {"all 8": lambda: D.strong_views(weak, 0, range(8))}
+        show("strong views of 8 x 513 x 513 on the GPU", measured(rows, device))
+
+
+def loader_rate(data, workers, crop, batch_size=4, steps=10):
+    """Images per second, from when all workers are at work to before the first of them has nothing to do."""
+    ahead = 2 * workers + 1
+    loader = iter(D.training_loader(data, range(steps + 2 * ahead), batch_size, crop, "fixmatch", 0, workers))
+    for _ in range(ahead):
+        next(loader)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(loader)
+    return 2 * batch_size * steps / (time.perf_counter() - began)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,25 +404,25 @@ def benchmark_loader(device, peer):
 def numpy_scores(prediction, label, classes):
     """Intersection and union of one image by three histograms on the host, as most repositories of this field do."""
     prediction, label = prediction.cpu().numpy().ravel(), label.cpu().numpy().ravel()
-    prediction = np.where(label == 255, 255, prediction)
+    prediction = np.where(label == D.IGNORE, D.IGNORE, prediction)
     bins = np.arange(classes + 1)
     areas = [np.histogram(values, bins)[0] for values in (prediction[prediction == label], prediction, label)]
     return areas[0], areas[1] + areas[2] - areas[0]
 
 
-def benchmark_evaluation(device, peer):
-    """An image at original size and in windows; and the counting alone, beside histograms on the host."""
-    backbone, size = ("resnet101", (1024, 2048)) if device.type == "cuda" else ("resnet18", (375, 500))
-    model = DeepLabV3Plus(backbone, 19).to(device, memory_format=torch.channels_last).eval()
-    image = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8, device=device)
-    label = torch.randint(0, 19, (1, *size), dtype=torch.uint8, device=device)
-    prediction = torch.randint(0, 19, (1, *size), device=device)
+def benchmark_evaluation(device, peer, backbone):
+    """Prediction of an image by each protocol; the counting alone, beside histograms on the host."""
+    size, crop = ((1024, 2048), 769) if device.type == "cuda" else ((375, 500), 321)
+    network = DeepLabV3Plus(backbone, 19).to(device, memory_format=torch.channels_last).eval()
+    image = torch.randint(256, (1, 3, *size), dtype=torch.uint8, device=device)
+    label = torch.randint(19, (1, *size), dtype=torch.uint8, device=device)
+    prediction = torch.randint(19, (1, *size), device=device)
     rivals = {
-        "original size": lambda: E.predict(model, image, E.Protocol()),
-        "sliding windows, crop 321": lambda: E.predict(model, image, E.Protocol("sliding", 321)),
-        "flips and scales": lambda: E.predict(model, image, E.Protocol(tta=True)),
+        "original size": lambda: E.predict(network, image),
+        f"sliding windows, crop {crop}": lambda: E.predict(network, image, E.Protocol("sliding", crop)),
+        "flips and scales": lambda: E.predict(network, image, E.Protocol(tta=True)),
     }
-    show(f"prediction, {backbone}, {size[1]} x {size[0]}", measured(rivals, device, 3))
+    show(f"prediction, {backbone}, {size[1]} x {size[0]}", measured(rivals, device))
     rivals = {
         "confusion matrix": lambda: E.confusion_matrix(prediction, label, 19),
         "confusion matrix of the boundaries": lambda: E.boundary_confusion(prediction, label, 19),
@@ -428,135 +435,79 @@ def benchmark_evaluation(device, peer):
 # as images, classes, workers and processes grow in number
 
 
-def benchmark_scale(device, peer):
+def benchmark_scale(device, peer, backbone):
     """Time and memory of a step as batch, crop and classes grow, one at a time; then the loader's workers."""
-    cuda = device.type == "cuda"
-    backbone, classes, crop, batch_size = base_point(device)
-    base = {"batch": batch_size, "crop": crop, "classes": classes}
-    batches, crops = ((3, 6, 12), (321, 513, 769)) if cuda else ((2, 4, 8), (96, 128, 192))
+    base = dict(zip(("classes", "crop", "batch"), points(device)[0]))
+    batches, crops = ((3, 8, 16), (321, 513, 769)) if device.type == "cuda" else ((2, 4, 8), (96, 128, 192))
     for factor, values in {"batch": batches, "crop": crops, "classes": (2, 21, 150)}.items():
-        rivals, beside = {}, {}
+        builds, images = {}, {}
         for value in values:
             point, name = base | {factor: value}, f"{factor} {value}"
-            step = trainer(backbone, point["classes"], device, cuda, s4mc_loss(random_batch(**point, device=device)))
-            try:
-                beside[name] = f"{peak_memory(step, device) / 2**30:8.2f} GiB beyond the networks"
-                rivals[name] = step
-            except torch.OutOfMemoryError:
-                print(f"\n{name}: does not fit into the GPU's memory")
+            builds[name] = partial(trainer, backbone, point["classes"], random_batch(**point, device=device))
+            images[name] = 2 * point["batch"]
         others = ", ".join(f"{name} {value}" for name, value in base.items() if name != factor)
-        show(f"step by {factor}, {backbone}, {others}", measured(rivals, device), beside=beside)
-    scale_workers()
-
-
-def scale_workers(crop=513, batch_size=4, steps=10):
-    """Images per second out of train.py's loader by its --workers: labeled and weak views, from JPEG files."""
+        compare_steps(f"step by {factor}, {backbone}, {others}", builds, images, device)
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-
-    def rate(data, workers):
-        """Counted from when all workers are at work to before the first of them has nothing to do."""
-        ahead = 2 * workers + 1
-        loader = iter(D.training_loader(data, range(steps + 2 * ahead), batch_size, crop, "fixmatch", 0, workers))
-        for _ in range(ahead):
-            next(loader)
-        began = time.perf_counter()
-        for _ in range(steps):
-            next(loader)
-        return 2 * batch_size * steps / (time.perf_counter() - began)
-
     with tempfile.TemporaryDirectory() as folder:
-        items = [D.Item(str(i), Path(folder) / f"{i}.jpg", Path(folder) / f"{i}.png") for i in range(16)]
-        for item in items:
-            image, mask = photograph(500, 375, rng)
-            image.save(item.image, quality=90)
-            mask.save(item.mask)
-        data = D.Data("photographs", ("",) * 19, (0.5, 2.0), D.DATASETS["pascal"].values, items, items, [], [])
+        data = photographs(folder, 16, (500, 375), "jpg")
         rates = {str(workers): [] for workers in (0, 1, 2, 4, 8) if workers <= max(2, os.cpu_count())}
         for _ in range(ROUNDS):
             for workers, row in rates.items():
-                row.append(rate(data, int(workers)))
-    show(f"loader by --workers, JPEG files of 500 x 375, crop {crop}, {os.cpu_count()} cores", rates, 1, "images/s")
+                row.append(loader_rate(data, int(workers), 513))
+    show(f"loader by --workers, JPEG files of 500 x 375, crop 513, {os.cpu_count()} cores", rates, 1, "images/s")
 
 
-def expected_efficiency(processes, size, step_seconds, bandwidth, overlap=2 / 3):
-    """Speed of n processes over n times the speed of one, 0..1, where nothing but the gradients' all-reduce costs.
-
-    all_reduce = 2 (n - 1) / n * size / bandwidth               seconds, of a ring
-    efficiency = step / (step + max(0, all_reduce - overlap * step))
-
-    size: bytes of gradients; step_seconds: of one process; bandwidth: bytes per second of the slowest link of the ring;
-    overlap: the backward pass's share of the step, about 2/3, beside which the all-reduce runs.
-    """
-    all_reduce = 2 * (processes - 1) / processes * size / bandwidth
-    return step_seconds / (step_seconds + max(0, all_reduce - overlap * step_seconds))
-
-
-def gradient_bytes(backbone, classes):
-    """Bytes of gradients that a step exchanges: 4 for each parameter."""
-    with torch.device("meta"):
-        return 4 * sum(parameter.numel() for parameter in DeepLabV3Plus(backbone, classes).parameters())
-
-
-def _steps_of_one_process(rank, world, together, cuda, store, barrier, queue):
+def _steps_of_one_process(rank, world, together, device_type, backbone, store, barrier, queue):
     """Puts the seconds of each step of process `rank` into the queue."""
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     torch.set_num_threads(1)
+    device = torch.device(device_type, rank if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
     if together:
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    backbone, classes, crop, batch_size = base_point(device)
-    step = trainer(backbone, classes, device, cuda, s4mc_loss(random_batch(batch_size, classes, crop, device)))
+        kind = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(kind, init_method=f"file://{store}", rank=rank, world_size=world)
+    classes, crop, batch_size = points(device)[0]
+    step = trainer(backbone, classes, random_batch(batch_size, classes, crop, device))
+    step()
     barrier.wait()
-    queue.put(measured({"step": step}, device, ROUNDS // 2)["step"])
+    queue.put(measured({"step": step}, device, rounds=3)["step"])
     del step  # gloo hangs where the group goes before what uses it
     if together:
         dist.destroy_process_group()
 
 
-def seconds_of_steps(world, together, cuda):
+def seconds_of_steps(world, together, device, backbone):
     """Seconds of each step of each of `world` new processes."""
     context = mp.get_context("spawn")
     queue, barrier = context.SimpleQueue(), context.Barrier(world)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_steps_of_one_process, (world, together, cuda, Path(folder) / "store", barrier, queue), nprocs=world)
+        arguments = (world, together, device.type, backbone, Path(folder) / "store", barrier, queue)
+        mp.spawn(_steps_of_one_process, arguments, nprocs=world)
     return [seconds for _ in range(world) for seconds in queue.get()]
 
 
-def benchmark_processes(device, peer):
-    """One process beside two on the CPU, with one thread each, or beside one for each GPU; and what is to be expected."""
-    cuda = device.type == "cuda"
-    backbone, classes, crop, batch_size = base_point(device)
-    world = torch.cuda.device_count() if cuda else 2
-    ways = {"1 process": (1, False)}
-    if world > 1:
-        ways |= {f"{world} processes, each for itself": (world, False), f"{world} processes": (world, True)}
-    else:
-        print("\nseveral processes: left out, because this machine has one GPU only")
+def benchmark_processes(device, peer, backbone):
+    """One process beside two on the CPU, with one thread each, or beside one for each GPU."""
+    world = torch.cuda.device_count() if device.type == "cuda" else 2
+    if world == 1:
+        print("\none process beside several: left out, for this machine has one GPU")
+        return
     torch.cuda.empty_cache()  # the first process shares this one's GPU
+    together, apart = f"{world} processes", f"{world} processes, each for itself"
+    ways = {"1 process": (1, False), apart: (world, False), together: (world, True)}
+    classes, crop, batch_size = points(device)[0]
     rates = {name: [] for name in ways}
-    for _ in range(3):
-        for name, (count, together) in ways.items():
-            rates[name] += [count * 2 * batch_size / seconds for seconds in seconds_of_steps(count, together, cuda)]
-    medians = {name: statistics.median(row) for name, row in rates.items()}
-    one = medians.pop("1 process")
-    notes = [f"efficiency of {name}: {rate / (world * one):.0%}" for name, rate in medians.items()]
-    notes.append(f"gradients: {gradient_bytes(backbone, classes) / 1e6:.1f} MB a step and process")
+    for _ in range(min(3, ROUNDS)):
+        for name, (count, joined) in ways.items():
+            seconds = seconds_of_steps(count, joined, device, backbone)
+            rates[name] += [count * 2 * batch_size / one for one in seconds]
+    one, *rest = (statistics.median(row) for row in rates.values())
+    beside = {name: f"   efficiency {rate / (world * one):.0%}" for name, rate in zip((apart, together), rest)}
     title = f"a step in one process and in several, {backbone}, {batch_size} + {batch_size} images of {crop} each"
-    show(title, rates, 1, "images/s", notes=notes)
-    show_expected({"measured": 2 * batch_size / one} if cuda else {})
-
-
-def show_expected(steps):
-    """Prints `expected_efficiency` with ResNet-101's gradients for steps {name: seconds} and for two assumed ones."""
-    size = gradient_bytes("resnet101", 21)
-    print(f"\nefficiency to be expected of resnet101, {size / 1e6:.0f} MB of gradients: computed, not measured")
-    for name, seconds in (steps | {"assumed": 0.1, "assumed, short": 0.02}).items():
-        for processes, gigabytes, link in ((8, 100, "NVLink in a node"), (64, 25, "200 Gb/s InfiniBand between nodes")):
-            share = expected_efficiency(processes, size, seconds, gigabytes * 1e9)
-            row = f"{processes} processes, step of {seconds * 1e3:.0f} ms, {name}"
-            print(f"  {row:44}{share:10.1%}   at an assumed {gigabytes} GB/s, {link}")
+    show(title, rates, 1, "images/s", beside=beside)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in DeepLabV3Plus(backbone, classes).parameters())
+    print(f"  gradients: {4 * parameters / 1e6:.1f} MB a step and process")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -573,23 +524,21 @@ BENCHMARKS = {
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=BENCHMARKS, help="one of the tables; default: all")
-    parser.add_argument("--peer", type=Path, help="a checkout of github.com/s4mcontext/s4mc, run beside")
+    parser.add_argument("--only", choices=BENCHMARKS, help="one of the parts; default: all")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of github.com/s4mcontext/s4mc, run beside")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backbone", choices=ENCODERS, help="default: resnet101 on a GPU, else resnet18")
     args = parser.parse_args(argv)
     device, threads = torch.device(args.device), torch.get_num_threads()
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {threads} threads"
-    )
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {threads} threads"
     print(f"{name}; torch {torch.__version__}, torchvision {torchvision.__version__}; {date.today()}")
-    peer = peer_labels(args.peer)
+    peer = load_peer(args.peer) if args.peer else None
     for title, benchmark in BENCHMARKS.items():
         if args.only in (None, title):
             torch.manual_seed(0)
             torch.set_num_threads(threads)
-            benchmark(device, peer)
+            benchmark(device, peer, args.backbone or ("resnet101" if cuda else "resnet18"))
 
 
 if __name__ == "__main__":

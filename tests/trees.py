@@ -1,0 +1,91 @@
+"""Tiny trees of files in the layouts of the datasets; each function returns the root."""
+
+import numpy as np
+from PIL import Image
+
+from data import palette, save_mask
+
+
+def camvid(root, train=6, val=3, size=(64, 48), test=0):
+    """SegNet's layout: masks are 0 above, 3 below, and void (11) in the last row; images show the mask."""
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    mask[size[1] // 2 :], mask[-1] = 3, 11
+    for split, count in (("train", train), ("val", val), ("test", test)):
+        for i in range(count):
+            for folder, pixels in ((split, np.stack([mask * 20 + i] * 3, 2)), (f"{split}annot", mask)):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / folder / f"{split}{i}.png")
+    return root
+
+
+def folder(root, images=6, annotated=4, val=2, size=(64, 48), classes=3):
+    """A folder of one's own: images/ in several formats, masks/ of the first ones, val/, classes.txt; stripes of classes."""
+    stripes = np.arange(size[0]) * classes // size[0]
+    for place, count, masks in ((root, images, annotated), (root / "val", val, val)):
+        for i in range(count):
+            mask = np.roll(stripes, 3 * i).astype(np.uint8)[None].repeat(size[1], 0)
+            pixels = np.stack([mask * 40 + i, 200 - mask * 30, mask * 20], 2)
+            (place / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / "images" / f"photo {i}{('.jpg', '.png', '.bmp', '.TIFF', '.webp')[i % 5]}")
+            if i < masks:
+                save_mask(mask, place / "masks" / f"photo {i}.png")
+    (root / "classes.txt").write_text("".join(f"class {c}\n" for c in range(classes)))
+    return root
+
+
+def save_palette(mask, path):
+    """A PNG as VOC stores its masks: indices with a palette."""
+    image = Image.fromarray(mask.astype(np.uint8), "P")
+    image.putpalette(palette().tobytes())
+    image.save(path)
+
+
+def write_lists(splits, lists):
+    splits.mkdir(parents=True)
+    for name, ids in lists.items():
+        (splits / f"{name}.txt").write_text("\n".join(ids) + "\n")
+
+
+def pascal(root, splits):
+    """Six fine training images, two of SBD, two for validation, among the odd things that JPEGs can be; lists of 2 and 7."""
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        (root / folder).mkdir(parents=True)
+    fine, coarse = [f"2007_00000{i}" for i in range(6)], ["2008_000001", "2008_000002"]
+    val = ["2009_000001", "2009_000002"]
+    rng = np.random.default_rng(0)
+    for i, id in enumerate(fine + coarse + val):
+        width, height = 61 + 6 * i, 83 - 4 * i  # odd sizes
+        mask = np.zeros((height, width), np.uint8)
+        mask[10:50, 8:40] = 255
+        mask[14:46, 12:36] = 1 + 2 * i  # the object, inside its border
+        pixels = np.where(mask == 1 + 2 * i, 200, 40)[..., None] + rng.integers(0, 40, (height, width, 3))
+        image = Image.fromarray(pixels.astype(np.uint8)).convert({1: "L", 2: "CMYK"}.get(i, "RGB"))
+        image.save(root / "JPEGImages" / f"{id}{'.JPG' if i == 3 else '.jpg'}", "JPEG")
+        save_palette(mask, root / f"SegmentationClass{'Aug' if id in coarse else ''}" / f"{id}.png")
+    train = fine + coarse
+    write_lists(splits / "pascal", {"1464": fine, "train": train, "val": val, "2": fine[:2], "7": train[:7]})
+    return root
+
+
+def cityscapes(root, splits):
+    """Four training images, two for validation; labelTrainIds in one city, labelIds in the others; a list of 2."""
+    rng, names = np.random.default_rng(0), {"train": [], "val": []}
+    for split, city, kind in (
+        ("train", "aachen", "labelTrainIds"), ("train", "zurich", "labelIds"), ("val", "lindau", "labelIds"),
+    ):  # fmt: skip
+        images, masks = (root / folder / split / city for folder in ("leftImg8bit", "gtFine"))
+        for folder in (images, masks):
+            folder.mkdir(parents=True)
+        for i in range(2):
+            id = f"{city}_00000{i}_000019"
+            pixels = rng.integers(0, 255, (48, 96, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(images / f"{id}_leftImg8bit.png")
+            road, car, void = (7, 26, 3) if kind == "labelIds" else (0, 13, 255)
+            mask = np.full((48, 96), void, np.uint8)
+            mask[20:40], mask[:20] = road, car
+            Image.fromarray(mask).save(masks / f"{id}_gtFine_{kind}.png")
+            if kind == "labelTrainIds":  # the other kind lies beside it, as in the archives
+                Image.fromarray(mask * 0 + 7).save(masks / f"{id}_gtFine_labelIds.png")
+            names[split].append(id)
+    write_lists(splits / "cityscapes", names | {"2": names["train"][1:3]})
+    return root
