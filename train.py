@@ -42,7 +42,7 @@ PHOTOGRAPHS = dict(
 )  # fmt: skip
 PRESETS = (
     ("shapes", ANY, "ours", dict(
-        labeled="24", crop=64, backbone="resnet10", weights="none", iters=1000, warmup_iters=200, batch_size=4, optimizer="sgd",
+        labeled="24", crop=64, backbone="resnet10", weights="none", iters=1500, warmup_iters=300, batch_size=4, optimizer="sgd",
         lr=0.02, head_lr=0.02, weight_decay=5e-4, workers=1, log_every=20, eval_mode="original", sup_loss="ce",
     )),
     # Learning rates: tuned on supervised runs of SMALL, on 46 labeled images of CamVid, and, for folders, on 31 of PASCAL.

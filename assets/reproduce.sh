@@ -24,7 +24,7 @@ declare -A options=(
 {
     for seed in 0 1 2; do
         for method in s4mc supervised dpa; do echo "shapes-24-$method-$seed --seed $seed ${options[$method]}"; done
-        echo "shapes-24-supervised-long-$seed --seed $seed ${options[supervised]} --iters 2000"
+        echo "shapes-24-supervised-long-$seed --seed $seed ${options[supervised]} --iters 3000"
     done
     if [ -n "${ANIMALS:-}" ]; then
         for labels in 31 104; do
