@@ -124,7 +124,7 @@ def list_pascal(root, lists):
     images = files(root / "JPEGImages")
     fine, coarse = (files(root / folder, (".png",)) for folder in ("SegmentationClass", "SegmentationClassAug"))
     finely = set(id_list(lists / "1464.txt")) | set(id_list(lists / "val.txt"))
-    masks = {id: (fine if id in finely else coarse | fine).get(id) for id in fine | coarse}
+    masks = fine | {id: mask for id, mask in coarse.items() if id not in finely}
     splits = {split: id_list(lists / f"{split}.txt") for split in ("train", "val")}
     return {split: [Item(id, images.get(id), masks.get(id)) for id in ids] for split, ids in splits.items()}
 
@@ -214,7 +214,11 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     place = Path(root) / "shapes" if name == "shapes" else Path(root)
     classes = spec.classes or tuple(id_list(place / "classes.txt"))
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
-    chosen = labeled_ids(name, items["train"], labeled, lists) if {"labeled", "unlabeled"} & set(use) else set()
+    training = {"labeled", "unlabeled"} & set(use)
+    if training and not items["train"]:
+        raise InputError(f"{name} under {root} has no training images; `python tools/prepare.py` says where to get them")
+    named = isinstance(labeled, (list, tuple))  # ids of a run, which are labeled also where nothing is read of them
+    chosen = labeled_ids(name, items["train"], labeled, lists) if training else set(labeled if named else ())
     parts = ([item for item in items["train"] if (item.id in chosen) == wanted] for wanted in (True, False))
     data = Data(name, classes, spec.scales, values, *parts, items["val"], items.get("test", []))
     for part in use:

@@ -165,9 +165,9 @@ def table(scores):
     rows = [(name, value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()]
     rows.append(("mIoU", scores["miou"], scores["boundary_miou"]))
     width = max(len(name) for name, *_ in rows)
-    shown = [f"{'':{width}}     IoU  boundary"]
+    shown = [f"{'':{width}}       IoU  boundary"]
     for name, *values in rows:
-        shown.append(f"{name:{width}}" + "".join("  absent" if value is None else f"{value:8.2f}" for value in values))
+        shown.append(f"{name:{width}}" + "".join(f"{'absent' if value is None else f'{value:.2f}':>10}" for value in values))
     return "\n".join([*shown, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
 
 
@@ -275,7 +275,8 @@ def panel(network, data, items, device, args, prior=None, width=160):
 def panel_items(data, count=4):
     """Unlabeled images, evenly spaced, whose ground truth is known; else validation images."""
     annotated = [item for item in data.unlabeled if item.image and item.mask] or data.val
-    return [annotated[i * len(annotated) // count] for i in range(min(count, len(annotated)))]
+    count = min(count, len(annotated))
+    return [annotated[i * len(annotated) // count] for i in range(count)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,10 +349,10 @@ def main(args):
     network = load_network(checkpoint, "student" if args.student else "teacher").to(device, memory_format=torch.channels_last)
     part = "unlabeled" if args.pseudo_labels else args.split
     parts = ("labeled", "unlabeled") if part == "train" else (part,)
-    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts)
+    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
     if list(data.classes) != checkpoint["classes"]:
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
-    items = [item for one in parts for item in getattr(data, one) if item.mask]
+    items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
     options = refinement_options(run, prior) if args.refine else None
     protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options)
     sharing = {"workers": args.workers, "rank": rank, "world": world}

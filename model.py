@@ -10,6 +10,7 @@ Encoders, ASPP and the moving average are the libraries' own; this file joins th
 
 import itertools
 import os
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,13 @@ ENCODERS = {
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et al., 2018b
 
 
+def _reason(error):
+    """Half a sentence about an error of torch.load, whose own words may run over lines and advise to trust the file."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is none of torch.save's, or holds more than tensors and plain values"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def encoder(name, weights="none"):
     """The stages of a torchvision network up to its deepest features, as an nn.Sequential under their own names.
 
@@ -60,7 +68,7 @@ def encoder(name, weights="none"):
         elif weights != "none":
             net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # no network, no file, another network's weights, or no weights at all
-        reason = str(error).splitlines()[0]
+        reason = _reason(error)
         raise InputError(
             f"--weights {weights} could not be loaded into torchvision's {name} ({reason}); expected imagenet (which needs "
             "a network the first time), none, or a file with its state dict"
@@ -167,7 +175,7 @@ def load_checkpoint(path):
         if checkpoint["preprocessing"] != PREPROCESSING or not {"args", "classes", "teacher"} <= set(checkpoint):
             raise ValueError("it is of another version")
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
-        reason = "it is not there" if not Path(path).is_file() else str(error).splitlines()[0] or type(error).__name__
+        reason = _reason(error) if Path(path).is_file() else "it is not there"
         raise InputError(
             f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py"
         ) from error

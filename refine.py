@@ -189,7 +189,7 @@ def dpa_threshold(conf, alpha, valid=None):
         values = torch.cat(everywhere)
     if not values.numel():
         return values.new_tensor(torch.inf)
-    rank = (((values < torch.inf).sum() - 1).clamp(min=0) * alpha).long()
+    rank = (((values < torch.inf).sum() - 1).clamp(min=0).double() * alpha).long()
     if values.is_cuda:  # kthvalue takes a Python number, for which the host would have to wait
         return values.sort().values.gather(0, rank[None])[0]
     return values.kthvalue(rank.item() + 1).values

@@ -1,24 +1,29 @@
-"""data.py: the drawn dataset, partitions, views, mixing, and what it says about bad input."""
+"""data.py: the datasets in little trees of their layouts, partitions, views, mixing, loaders, and bad input."""
 
+import hashlib
 import io
 import random
+import re
+import shutil
 import struct
 import zlib
 
-import benchmark
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+import torch.multiprocessing as mp
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
 from torchvision.transforms.v2.functional import pil_to_tensor
+from trees import camvid, cityscapes, folder, pascal, save_palette
 
 import data as D
 from data import (
+    SPLITS,
     InputError,
     Item,
     cutmix,
     draw_shapes,
-    drawn,
     open_dataset,
     palette,
     random_view,
@@ -26,24 +31,27 @@ from data import (
     training_loader,
 )
 
+SUPERVISED = ("labeled", "val")
 
-def camvid(root, train=4, val=2, size=(40, 30)):
-    """A little CamVid tree: masks are upper half 0, lower half 3, last row void (11); images show the mask."""
-    mask = np.zeros((size[1], size[0]), np.uint8)
-    mask[size[1] // 2 :], mask[-1] = 3, 11
-    for split, count in (("train", train), ("val", val)):
-        (root / split).mkdir(parents=True)
-        (root / f"{split}annot").mkdir()
-        for i in range(count):
-            Image.fromarray(np.stack([mask * 20 + i] * 3, 2)).save(root / split / f"{split}{i}.png")
-            Image.fromarray(mask).save(root / f"{split}annot" / f"{split}{i}.png")
-    return root
+
+def ids(items):
+    return [item.id for item in items]
+
+
+@pytest.fixture
+def shapes(tmp_path, monkeypatch):
+    """A root for a few drawn images."""
+    monkeypatch.setattr(D, "SHAPES_TRAIN", 8)
+    monkeypatch.setattr(D, "SHAPES_VAL", 3)
+    return tmp_path / "data"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# shapes
 
 
 def test_shapes_are_a_pure_function_of_their_index():
-    image, mask = draw_shapes(7)
-    draw_shapes.cache_clear()
-    again, same = draw_shapes(7)
+    (image, mask), (again, same) = draw_shapes(7), draw_shapes(7)
     assert np.array_equal(image, again) and np.array_equal(mask, same)
     assert not np.array_equal(image, draw_shapes(8)[0])
 
@@ -51,7 +59,6 @@ def test_shapes_are_a_pure_function_of_their_index():
 def test_shapes_hold_every_class_and_a_255_border_around_objects():
     masks = np.stack([draw_shapes(i)[1] for i in range(60)])
     assert set(np.unique(masks)) == {0, 1, 2, 3, 4, 5, 6, 255}
-    assert len(D.DATASETS["shapes"].classes) == 7
     beside = (masks[:, :, 1:] != masks[:, :, :-1]) & (masks[:, :, 1:] != 255) & (masks[:, :, :-1] != 255)
     assert beside.mean() < 0.002  # classes hardly ever touch without a border between them
 
@@ -66,47 +73,409 @@ def test_color_says_nothing_about_the_class_of_a_shape():
         assert np.abs(np.mean(values, 0) - 128).max() < 20
 
 
-def test_the_unlabeled_images_are_the_training_images_that_are_not_labeled():
-    data = open_dataset("shapes", "nowhere", 12)
-    labeled, unlabeled, val = ({item.id for item in items} for items in (data.labeled, data.unlabeled, data.val))
-    assert len(labeled) == 12 and not labeled & unlabeled and not (labeled | unlabeled) & val
-    assert len(labeled | unlabeled) == D.SHAPES_TRAIN and len(val) == D.SHAPES_VAL
-    assert [item.image for item in data.labeled] == [i * 40 for i in range(12)]  # evenly spaced
+def test_shapes_are_written_once_as_the_folder_they_are_read_from(shapes):
+    data = open_dataset("shapes", shapes, 4)
+    assert ids(data.labeled) == ["0000", "0002", "0004", "0006"]  # evenly spaced
+    assert ids(data.unlabeled) == ["0001", "0003", "0005", "0007"]
+    assert ids(data.val) == ["val/0008", "val/0009", "val/0010"]
+    assert len(data.classes) == 7 and data.classes[:2] == ("background", "striped disc")
+    for item in data.labeled + data.unlabeled + data.val:
+        image, mask = draw_shapes(int(item.id.removeprefix("val/")))
+        assert all(map(np.array_equal, read(item, data), (image, mask)))
+    assert [path.name for path in shapes.iterdir()] == ["shapes"]
+    written = {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
+    open_dataset("shapes", shapes, 2)
+    assert written == {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
+    assert ids(open_dataset("folder", shapes / "shapes", 4).labeled) == ids(data.labeled)
+
+
+def _draw(rank, root, barrier):
+    D.SHAPES_TRAIN, D.SHAPES_VAL = 8, 3
+    barrier.wait()
+    D.write_shapes(root)
+    assert len(D.files(root / "images")) == 8 and len(D.files(root / "val" / "masks")) == 3
+
+
+def test_two_processes_that_draw_at_once_leave_one_complete_folder(tmp_path):
+    mp.spawn(_draw, (tmp_path / "shapes", mp.get_context("spawn").Barrier(2)), nprocs=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_the_slower_of_two_processes_takes_what_the_faster_one_has_drawn(shapes, monkeypatch):
+    def slowly(index):
+        if index == 5:
+            shutil.copytree(ready, shapes / "shapes")
+        return draw_shapes(index)
+
+    ready = D.write_shapes(shapes.parent / "ready")
+    monkeypatch.setattr(D, "draw_shapes", slowly)
+    (shapes / "shapes-1.tmp").mkdir(parents=True)  # of a process that was killed
+    assert len(open_dataset("shapes", shapes, 4).val) == 3
+    assert {path.name for path in shapes.iterdir()} == {"shapes", "shapes-1.tmp"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CamVid, and what holds for every dataset
 
 
 def test_camvid_is_found_in_the_root_or_below_it_and_void_is_ignored(tmp_path):
-    camvid(tmp_path / "camvid")
+    camvid(tmp_path / "camvid", test=1)
     for root in (tmp_path, tmp_path / "camvid"):
         data = open_dataset("camvid", root, 2)
-        assert (len(data.labeled), len(data.unlabeled), len(data.val)) == (2, 2, 2)
+        assert [len(part) for part in (data.labeled, data.unlabeled, data.val, data.test)] == [2, 4, 3, 1]
     image, mask = read(data.labeled[0], data)
     assert set(np.unique(mask)) == {0, 3, 255} and (np.asarray(mask)[-1] == 255).all()
 
 
-def test_unlabeled_images_need_no_mask(tmp_path):
-    root = camvid(tmp_path)
-    (root / "trainannot" / "train1.png").unlink()
-    data = open_dataset("camvid", root, 2)
-    assert [item.id for item in data.unlabeled] == ["train1", "train3"] and data.unlabeled[0].mask is None
+def test_the_unlabeled_images_are_the_training_images_that_are_not_labeled(tmp_path):
+    data = open_dataset("camvid", camvid(tmp_path), 2)
+    assert ids(data.labeled) == ["train0", "train3"] and ids(data.unlabeled) == [f"train{i}" for i in (1, 2, 4, 5)]
+    everything = open_dataset("camvid", tmp_path, "all", use=SUPERVISED)
+    assert len(everything.labeled) == 6 and not everything.unlabeled
+
+
+def test_only_the_parts_in_use_need_files(tmp_path):
+    root = camvid(tmp_path / "test only", train=0, val=0, test=2)
+    assert {path.name for path in root.iterdir()} == {"test", "testannot"}
+    for labeled in (2, "all", ["train0", "train3"]):
+        data = open_dataset("camvid", root, labeled, use=("test",))
+        assert [read(item, data)[1].size for item in data.test] == [(64, 48)] * 2
+    root = camvid(tmp_path / "partial")
+    for name in ("trainannot/train1.png", "trainannot/train0.png", "valannot/val0.png"):
+        (root / name).unlink()
+    data = open_dataset("camvid", root, ["train3"], use=("labeled", "unlabeled"))  # unlabeled images need no masks
+    assert ids(data.unlabeled) == [f"train{i}" for i in (0, 1, 2, 4, 5)]
     views = D.TrainingViews(data, 32, "fixmatch", 0)
-    samples = [views[n] for n in range(6)]
-    assert {s["id_u"] for s in samples} == {"train1", "train3"}
-    assert all((s["truth"] == 255).all() for s in samples if s["id_u"] == "train1")
+    blank = {D.sampled(data.unlabeled, 0, "order_u", n).id for n in range(5) if (views[n]["truth"] == 255).all()}
+    assert blank == {"train0", "train1"}
+    (root / "train" / "train5.png").unlink()
+    (root / "trainannot" / "train5.png").unlink()
+    with pytest.raises(InputError, match=r"1 of 3 val images of camvid have no mask under .*, first val0; .*prepare"):
+        open_dataset("camvid", root, ["train3"])
 
 
 def test_a_file_of_ids_is_a_partition(tmp_path):
     root = camvid(tmp_path / "camvid")
-    (tmp_path / "mine.txt").write_text("train3\ntrain0\n")
-    assert [item.id for item in open_dataset("camvid", root, tmp_path / "mine.txt").labeled] == ["train0", "train3"]
+    (tmp_path / "mine.txt").write_text("\ufefftrain3\n\n train0 \n", "utf-8")
+    assert ids(open_dataset("camvid", root, tmp_path / "mine.txt").labeled) == ["train0", "train3"]
 
 
 def test_a_published_list_beats_even_spacing(tmp_path):
     root = camvid(tmp_path / "root")
     (tmp_path / "splits" / "camvid").mkdir(parents=True)
     (tmp_path / "splits" / "camvid" / "1.txt").write_text("train2\n")
-    assert [item.id for item in open_dataset("camvid", root, 1, tmp_path / "splits").labeled] == ["train2"]
-    with pytest.raises(InputError, match=r"no list of 3 labeled images; expected one of \[1\]"):
+    assert ids(open_dataset("camvid", root, 1, tmp_path / "splits").labeled) == ["train2"]
+    with pytest.raises(InputError, match=r"no list of 3 labeled images; expected one of \[1\], or a file"):
         open_dataset("camvid", root, 3, tmp_path / "splits")
+
+
+def test_bad_partitions_and_roots_get_one_sentence(tmp_path):
+    root = camvid(tmp_path / "good")
+    (tmp_path / "list.txt").write_text("train0\nnobody\n../../etc/passwd\n")
+    for labeled, says in (
+        (7, "--labeled 7 is impossible; expected 1 to 6, the images with a mask"),
+        (0, "--labeled 0 is impossible; expected 1 to 6, the images with a mask"),
+        ("no.txt", "the list no.txt is not there, or empty; expected one image id per line"),
+        (tmp_path / "list.txt", r"2 ids are no training images of camvid, first \.\./\.\./etc/passwd"),
+        ("all", r"camvid under \S+ has no unlabeled images; use --framework supervised, or fewer labels"),
+    ):
+        with pytest.raises(InputError, match=says):
+            open_dataset("camvid", root, labeled)
+    with pytest.raises(InputError, match="camvid under .* has no test images; expected some"):
+        open_dataset("camvid", root, 2, use=("test",))
+    for labeled in (2, "all"):
+        with pytest.raises(InputError, match="camvid under .*nowhere has no .* images"):
+            open_dataset("camvid", tmp_path / "nowhere", labeled)
+    (root / "trainannot" / "train0.png").unlink()
+    with pytest.raises(InputError, match="1 of 1 labeled images of camvid have no mask under .*, first train0"):
+        open_dataset("camvid", root, ["train0"])
+    shutil.copy(root / "train" / "train0.png", root / "train" / "train0.jpg")
+    with pytest.raises(InputError, match=r"train0\.jpg and .*train0\.png have the same name; remove one of them"):
+        open_dataset("camvid", root, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a folder of one's own
+
+
+def test_a_folder_has_labeled_unlabeled_and_validation_images_and_names_of_its_classes(tmp_path):
+    root = folder(tmp_path / "mine")
+    data = open_dataset("folder", root, "all")
+    assert ids(data.labeled) == [f"photo {i}" for i in range(4)] and ids(data.unlabeled) == ["photo 4", "photo 5"]
+    assert ids(data.val) == ["val/photo 0", "val/photo 1"] and data.classes == ("class 0", "class 1", "class 2")
+    assert all(item.mask is None for item in data.unlabeled) and not data.test
+    for item in data.labeled + data.val:
+        image, mask = read(item, data)
+        assert image.mode == "RGB" and image.size == mask.size == (64, 48) and set(np.unique(mask)) == {0, 1, 2}
+    assert ids(open_dataset("folder", root, 2).labeled) == ["photo 0", "photo 2"]
+    with pytest.raises(InputError, match="--labeled 5 is impossible; expected 1 to 4, the images with a mask"):
+        open_dataset("folder", root, 5)
+
+
+def test_folders_may_be_nested_and_val_txt_names_the_validation_images(tmp_path):
+    root = folder(tmp_path / "mine")
+    shutil.rmtree(root / "val")
+    for name in ("images", "masks"):
+        (root / name).rename(root / "all")
+        (root / name).mkdir()
+        (root / "all").rename(root / name / "trip")
+    with pytest.raises(InputError, match=r"has neither val/ nor val\.txt; `python tools/own_images\.py .*` chooses"):
+        open_dataset("folder", root, "all")
+    (root / "val.txt").write_text("trip/photo 3\ntrip/photo 1\n\ntrip/photo 3\n")
+    data = open_dataset("folder", root, "all")
+    assert ids(data.val) == ["trip/photo 3", "trip/photo 1"] and ids(data.labeled) == ["trip/photo 0", "trip/photo 2"]
+    assert ids(data.unlabeled) == ["trip/photo 4", "trip/photo 5"]
+    (root / "val.txt").write_text("photo 77\n")
+    with pytest.raises(InputError, match=r"val\.txt names photo 77, and there is no such file in images/; correct"):
+        open_dataset("folder", root, "all")
+    (root / "val.txt").write_text("trip/photo 5\n")
+    with pytest.raises(InputError, match="1 of 1 val images of folder have no mask under .*, first trip/photo 5"):
+        open_dataset("folder", root, "all")
+
+
+def test_a_folder_without_masks_or_names_of_classes_gets_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"--root \S+ is not the dataset; expected the folders images, masks in it$"):
+        open_dataset("folder", tmp_path / "nowhere", "all")
+    root = folder(tmp_path / "mine")
+    (root / "classes.txt").unlink()
+    with pytest.raises(InputError, match=r"the list .*classes\.txt is not there, or empty"):
+        open_dataset("folder", root, "all")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PASCAL and Cityscapes
+
+
+COUNTS = {
+    "pascal": {"92": 92, "183": 183, "366": 366, "732": 732, "1464": 1464, "662": 662, "1323": 1323, "2646": 2646,
+               "5291": 5291, "train": 10582, "val": 1449},
+    "cityscapes": {"186": 186, "372": 372, "744": 744, "1488": 1488, "train": 2975, "val": 500},
+}  # fmt: skip
+
+
+def listed(dataset, name):
+    return (SPLITS / dataset / f"{name}.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("dataset", COUNTS)
+def test_the_lists_are_sorted_whole_and_apart_from_validation(dataset):
+    train, val = set(listed(dataset, "train")), set(listed(dataset, "val"))
+    assert not train & val
+    for name, count in COUNTS[dataset].items():
+        members = listed(dataset, name)
+        assert members == sorted(set(members)) and len(members) == count
+        assert name == "val" or set(members) <= train
+    assert {path.stem for path in (SPLITS / dataset).iterdir()} == set(COUNTS[dataset])
+
+
+def test_classic_lists_hold_only_fine_images_and_large_coarse_ones_all_of_them():
+    fine = set(listed("pascal", "1464"))
+    for name in ("92", "183", "366", "732", "662", "1323"):
+        assert set(listed("pascal", name)) <= fine
+    for name in ("2646", "5291"):
+        assert fine < set(listed("pascal", name))
+
+
+def test_the_checksums_in_splits_readme_are_those_of_the_files():
+    rows = re.findall(r"^\| (\w+/\w+\.txt) \| (\d+) \| .* \| `(\w{64})` \|$", (SPLITS / "README.md").read_text(), re.M)
+    assert {file for file, _, _ in rows} == {f"{dataset}/{name}.txt" for dataset in COUNTS for name in COUNTS[dataset]}
+    for file, count, checksum in rows:
+        content = (SPLITS / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == checksum and len(content.split()) == int(count)
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_pascal_is_found_at_three_places_and_cut_by_its_lists(tmp_path, below):
+    pascal(tmp_path / "root" / below, tmp_path / "splits")
+    data = open_dataset("pascal", tmp_path / "root", 2, tmp_path / "splits")
+    assert ids(data.labeled) == ["2007_000000", "2007_000001"]
+    assert (len(data.unlabeled), len(data.val), len(data.classes)) == (6, 2, 21)
+    train = (tmp_path / "splits" / "pascal" / "train.txt").read_text().split()
+    assert sorted(ids(data.labeled + data.unlabeled)) == train
+
+
+def test_pascal_masks_are_indices_with_their_255_border_from_the_fine_or_the_coarse_folder(tmp_path):
+    root = pascal(tmp_path / "root", tmp_path / "splits")
+    save_palette(np.zeros((83, 61)), root / "SegmentationClassAug" / "2007_000000.png")  # must not be taken
+    save_palette(np.zeros((59, 97)), root / "SegmentationClass" / "2008_000001.png")  # nor this
+    data = open_dataset("pascal", root, 7, tmp_path / "splits")
+    folders = {item.id: item.mask.parent.name for item in data.labeled}
+    assert folders.pop("2008_000001") == "SegmentationClassAug" and set(folders.values()) == {"SegmentationClass"}
+    for i, item in enumerate(data.labeled):
+        image, mask = read(item, data)
+        assert image.mode == "RGB" and image.size == mask.size == (61 + 6 * i, 83 - 4 * i)  # gray, CMYK and .JPG too
+        mask = np.asarray(mask)
+        assert mask[30, 20] == 1 + 2 * i and mask[11, 9] == 255 and mask[0, 0] == 0
+        assert np.asarray(image)[30, 20].mean() > 150 > np.asarray(image)[2, 2].mean()
+
+
+def test_pascal_s_unlabeled_images_need_no_masks_and_supervised_runs_no_unlabeled_images(tmp_path):
+    root = pascal(tmp_path / "root", tmp_path / "splits")
+    shutil.rmtree(root / "SegmentationClassAug")
+    data = open_dataset("pascal", root, 2, tmp_path / "splits")
+    assert [item.id for item in data.unlabeled if item.mask is None] == ["2008_000001", "2008_000002"]
+    with pytest.raises(InputError, match=r"1 of 7 labeled images of pascal have no mask.*first 2008_000001; .*prepare"):
+        open_dataset("pascal", root, 7, tmp_path / "splits")
+    (root / "JPEGImages" / "2008_000002.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 6 unlabeled images of pascal have no image .*first 2008_000002; "):
+        open_dataset("pascal", root, 2, tmp_path / "splits")
+    assert len(open_dataset("pascal", root, 2, tmp_path / "splits", use=SUPERVISED).unlabeled) == 6
+    for path in [*root.glob("*/2007*"), *root.glob("*/2008*")]:
+        path.unlink()
+    assert len(open_dataset("pascal", root, ["2007_000000"], tmp_path / "splits", use=("val",)).val) == 2
+
+
+def test_cityscapes_reads_both_kinds_of_labels(tmp_path):
+    root = cityscapes(tmp_path / "cityscapes", tmp_path / "splits")
+    for place in (root, tmp_path):
+        data = open_dataset("cityscapes", place, 2, tmp_path / "splits")
+    assert ids(data.labeled) == ["aachen_000001_000019", "zurich_000000_000019"]
+    assert [item.mask.stem.split("_")[-1] for item in data.labeled] == ["labelTrainIds", "labelIds"]
+    for item in data.labeled + data.val:
+        mask = np.asarray(read(item, data)[1])
+        assert mask[30, 5] == 0 and mask[5, 5] == 13 and mask[45, 5] == 255
+    assert len(data.classes) == 19 and [data.classes[c] for c in (0, 13, 18)] == ["road", "car", "bicycle"]
+
+
+def test_the_values_of_masks_mean_what_the_datasets_say():
+    values = D.DATASETS["cityscapes"].values["labelIds"]
+    assert [np.flatnonzero(values == c).tolist() for c in (0, 1, 13, 18)] == [[7], [8], [26], [33]]
+    assert (values[[0, 3, 9, 30, 255]] == 255).all() and (values[34:255] == D.NO_CLASS).all()
+    values = D.DATASETS["cityscapes"].values["labelTrainIds"]
+    assert values[:19].tolist() == [*range(19)] and values[255] == 255 and (values[19:255] == D.NO_CLASS).all()
+    values = D.DATASETS["camvid"].values[""]
+    assert values[:12].tolist() == [*range(11), 255] and (values[12:255] == D.NO_CLASS).all() and values[255] == 255
+
+
+def test_wrong_trees_and_lists_get_one_sentence(tmp_path):
+    root = pascal(tmp_path / "root", tmp_path / "splits")
+    with pytest.raises(InputError, match=r"no list of 100 labeled images; expected one of \[2, 7, 1464\], or a file"):
+        open_dataset("pascal", root, 100, tmp_path / "splits")
+    with pytest.raises(InputError, match=r"expected the folders leftImg8bit, gtFine in it, or in cityscapes below it"):
+        open_dataset("cityscapes", root, 186)
+    with pytest.raises(InputError, match=r"--root \S+nowhere is not the dataset; expected the folders JPEGImages, "):
+        open_dataset("pascal", tmp_path / "nowhere", 92)
+    with pytest.raises(InputError, match=r"92 of 92 labeled images of pascal have no image"):
+        open_dataset("pascal", root, 92)
+    (tmp_path / "splits" / "pascal" / "val.txt").unlink()
+    with pytest.raises(InputError, match=r"the list .*val\.txt is not there, or empty; expected one image id per line"):
+        open_dataset("pascal", root, 2, tmp_path / "splits")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad files
+
+
+def broken(root, what):
+    """Breaks one thing in a little CamVid tree."""
+    image, mask = root / "train" / "train0.png", root / "trainannot" / "train0.png"
+    if what == "truncated image":
+        image.write_bytes(image.read_bytes()[:60])
+    elif what == "text as image":
+        image.write_text("not an image")
+    elif what == "value outside the classes":
+        Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask)
+    elif what == "other size":
+        Image.fromarray(np.zeros((48, 65), np.uint8)).save(mask)
+    elif what == "color mask":
+        Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(mask)
+    elif what == "16-bit image":
+        Image.fromarray(np.zeros((48, 64), np.uint16)).save(image)
+    return root
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("truncated image", r"train0\.png could not be read \(.*\); replace the file"),
+        ("text as image", r"train0\.png could not be read \(.*\); replace the file"),
+        ("16-bit image", r"train0\.png is a I;16 image; convert it to 8 bits per channel"),
+        ("value outside the classes", r"trainannot/train0\.png holds the value 77; expected .* index from 0 to 10"),
+        ("other size", r"trainannot/train0\.png has \(65, 48\) pixels, its image \(64, 48\); expected the same size"),
+        ("color mask", r"trainannot/train0\.png is a RGB image; expected one class index per pixel"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, what, says):
+    data = open_dataset("camvid", broken(camvid(tmp_path), what), 2)
+    with pytest.raises(InputError, match=says):
+        read(data.labeled[0], data)
+    loader = training_loader(data, range(2), 1, 32, "supervised", 0, workers=1)
+    with pytest.raises(InputError, match=says):  # a worker's error stays what it is
+        list(loader)
+
+
+def mutated(path, rng):
+    """Writes one odd or broken image of 40 x 30 pixels. Returns whether it must load, or None where it may."""
+    image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    kind = rng.integers(10)
+    if kind < 4:
+        image.save(content, ("JPEG", "PNG")[kind % 2])
+        content = content.getvalue()
+        place = int(rng.integers(1, len(content) - 1))
+        if kind < 2:
+            path.write_bytes(content[:place])  # a JPEG that lacks only its last bytes may still be whole
+            return None
+        noise = rng.integers(0, 256, 8, dtype=np.uint8).tobytes()
+        path.write_bytes(content[:place] + noise + content[place + 8 :])
+        return None
+    if kind == 4:
+        path.write_bytes(b"\0" * int(rng.integers(0, 300)))
+        return False
+    if kind == 5:
+        Image.fromarray(rng.integers(0, 65535, (30, 40)).astype(np.uint16)).save(path, "PNG")
+        return False
+    if kind == 6:  # a header that promises ten thousand million pixels
+        image.save(content, "PNG")
+        header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content.getvalue()[24:29]
+        checksum = struct.pack(">I", zlib.crc32(header))
+        path.write_bytes(content.getvalue()[:12] + header + checksum + content.getvalue()[33:])
+        return False
+    if kind == 7:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored lying on its side
+        image.transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=exif)
+    elif kind == 8:
+        image.convert("CMYK").save(path, "JPEG")
+    else:
+        image.convert(("RGBA", "LA", "L", "1")[rng.integers(4)]).save(path, "PNG")
+    return True
+
+
+def test_three_hundred_odd_and_broken_files_load_right_or_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for i in range(300):
+        path = tmp_path / f"odd{i:03d}{('.jpg', '.png')[rng.integers(2)]}"  # the suffix says nothing
+        must = mutated(path, rng)
+        try:
+            loads = D.open_image(path, "RGB").size == (40, 30)
+            assert loads or must is None
+        except InputError as error:
+            assert str(path) in str(error)
+            loads = False
+        assert must in (None, loads), path
+        verdicts.append(loads)
+    assert 60 < sum(verdicts) < 240
+
+
+def test_the_palette_is_pascal_s():
+    colors = palette()
+    some = [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+    assert colors[[0, 1, 2, 15, 20, 255]].tolist() == some
+
+
+def test_a_mask_is_saved_with_the_palette_and_makes_its_folder(tmp_path):
+    mask = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    D.save_mask(torch.from_numpy(mask), tmp_path / "new" / "mask.png")
+    image = Image.open(tmp_path / "new" / "mask.png")
+    assert image.mode == "P" and np.array_equal(image, mask)
+    assert np.array_equal(np.asarray(image.convert("RGB")).reshape(-1, 3), palette())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mask.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# views and mixing
 
 
 def numbered_image(width, height):
@@ -184,224 +553,68 @@ def test_strong_views_leave_the_generator_of_everything_else_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_mixing_moves_image_and_label_together():
+def test_mixing_moves_image_and_maps_together():
     labels = torch.arange(4).view(4, 1, 1).expand(4, 40, 60).clone()
-    images = labels[:, None].repeat(1, 3, 1, 1).float()
+    images, odd = labels[:, None].repeat(1, 3, 1, 1).float(), labels % 2 == 1
     mixed = 0
     for seed in range(50):
-        rng = np.random.default_rng(seed)
-        image, label = cutmix(images, labels, rng)
-        assert torch.equal(image, label[:, None].expand(-1, 3, -1, -1).float())
+        image, label, map = cutmix(np.random.default_rng(seed), 0.5, images, labels, odd)
+        assert torch.equal(image, label[:, None].expand(-1, 3, -1, -1).float()) and torch.equal(map, label % 2 == 1)
         for i in range(4):
-            foreign = (label[i] != i).float().mean().item()
-            mixed += foreign > 0
-            assert set(label[i].unique().tolist()) <= {i, (i + 1) % 4} and (
-                foreign == 0 or foreign == pytest.approx(0.5, abs=0.03)
-            )
+            foreign = label[i] != i
+            mixed += foreign.any().item()
+            assert set(label[i].unique().tolist()) <= {i, (i + 1) % 4}
+            rows, columns = foreign.any(1).sum().item(), foreign.any(0).sum().item()
+            assert foreign.sum() == rows * columns  # one box
+            assert not foreign.any() or rows * columns / 2400 == pytest.approx(0.5, abs=0.03)
     assert 70 < mixed < 130  # of 200, with probability one half
     assert torch.equal(labels, torch.arange(4).view(4, 1, 1).expand(4, 40, 60))
 
 
-def test_mixing_a_batch_of_one_changes_nothing():
-    image, label = torch.rand(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long)
-    assert all(torch.equal(a, b) for a, b in zip(cutmix(image, label, np.random.default_rng(0), 1.0), (image, label)))
+def test_mixing_has_the_probability_that_is_asked_for_and_changes_nothing_in_a_batch_of_one():
+    images, labels = torch.rand(3, 3, 8, 8), torch.randint(0, 9, (3, 8, 8))
+    assert all(map(torch.equal, cutmix(np.random.default_rng(0), 0.0, images, labels), (images, labels)))
+    image = cutmix(np.random.default_rng(0), 1.0, images, labels)[0]
+    assert all(not torch.equal(one, two) for one, two in zip(image, images))
+    one = images[:1], labels[:1]
+    assert all(map(torch.equal, cutmix(np.random.default_rng(0), 1.0, *one), one))
 
 
-def test_every_pass_draws_every_image_once_and_in_another_order():
-    items = [Item(str(i), i, None) for i in range(7)]
-    passes = [[drawn(items, 0, "order_u", 7 * epoch + place).id for place in range(7)] for epoch in range(3)]
-    assert all(sorted(order) == [item.id for item in items] for order in passes)
-    assert passes[0] != passes[1] != passes[2]
-
-
-def batches(steps, workers=0, rank=0, world=1, batch_size=2, seed=0):
-    data = open_dataset("shapes", "", 3)
-    return list(training_loader(data, steps, batch_size, 32, "fixmatch", seed, workers, rank, world))
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(
-        torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in one
-    )
-
-
-def test_neither_workers_nor_an_interruption_change_a_batch():
-    whole = batches(range(4))
-    assert all(map(same, whole, batches(range(4), workers=2)))
-    assert all(map(same, whole[2:], batches(range(2, 4))))
-    assert not same(whole[0], batches(range(1), seed=1)[0])
-
-
-def test_two_processes_see_together_what_one_sees():
-    for step in zip(
-        batches(range(3), batch_size=4), batches(range(3), rank=0, world=2), batches(range(3), rank=1, world=2)
-    ):
-        for name in ("x", "y", "weak", "valid", "truth"):
-            assert torch.equal(step[0][name], torch.cat([step[1][name], step[2][name]]))
-
-
-def test_evaluation_shares_hold_every_image_exactly_once():
-    data = open_dataset("shapes", "", 3)
-    shares = [D.evaluation_loader(data, data.val, rank=rank, world=5).dataset for rank in range(5)]
-    assert sorted(item.id for share in shares for item in share) == [item.id for item in data.val]
-
-
-def test_the_palette_is_pascal_s():
-    colors = palette()
-    assert colors[[0, 1, 2, 15, 20, 255]].tolist() == [
-        [0, 0, 0],
-        [128, 0, 0],
-        [0, 128, 0],
-        [192, 128, 128],
-        [0, 64, 128],
-        [224, 224, 192],
-    ]
-
-
-def broken(root, what):
-    """Breaks one thing in a little CamVid tree."""
-    image, mask = root / "train" / "train0.png", root / "trainannot" / "train0.png"
-    if what == "truncated image":
-        image.write_bytes(image.read_bytes()[:60])
-    elif what == "text as image":
-        image.write_text("not an image")
-    elif what == "value outside the classes":
-        Image.fromarray(np.full((30, 40), 77, np.uint8)).save(mask)
-    elif what == "other size":
-        Image.fromarray(np.zeros((30, 41), np.uint8)).save(mask)
-    elif what == "color mask":
-        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(mask)
-    return root
-
-
-@pytest.mark.parametrize(
-    "what, says",
-    [
-        ("truncated image", r"train0\.png could not be read \(.*\); replace the file"),
-        ("text as image", r"train0\.png could not be read \(.*\); replace the file"),
-        (
-            "value outside the classes",
-            r"trainannot/train0\.png holds the value 77; expected 0 to 11, and 255",
-        ),
-        ("other size", r"trainannot/train0\.png is 41 x 30, its image 40 x 30; expected the same size"),
-        ("color mask", r"trainannot/train0\.png is a RGB image; expected one class index per pixel"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, what, says):
-    data = open_dataset("camvid", broken(camvid(tmp_path), what), "all", use=())
-    with pytest.raises(InputError, match=says):
-        read(data.labeled[0], data)
-    with pytest.raises(InputError, match=says):  # at once, where it is among the masks that are looked at
-        open_dataset("camvid", tmp_path, "all")
-
-
-def test_bad_datasets_and_partitions_get_one_sentence(tmp_path):
-    root = camvid(tmp_path / "good")
-    for labeled, says in (
-        (5, "--labeled 5 is impossible; expected 1 to 4"),
-        (0, "--labeled 0 is impossible; expected 1 to 4"),
-        ("no.txt", "--labeled no.txt is no file that exists; expected a number, all, or a file"),
-    ):
-        with pytest.raises(InputError, match=says):
-            open_dataset("camvid", root, labeled)
-    (tmp_path / "list.txt").write_text("train0\nnobody\n")
-    with pytest.raises(InputError, match=r"names 2 images, 1 of them not among the 4 training images \(first nobody\)"):
-        open_dataset("camvid", root, tmp_path / "list.txt")
-    with pytest.raises(InputError, match="dataset 'mnist' is unknown; expected one of shapes, camvid"):
-        open_dataset("mnist", root, 1)
-    with pytest.raises(InputError, match="is not there; expected a folder with train/, trainannot/"):
-        open_dataset("camvid", tmp_path / "nowhere", 1)
-    for path in (root / "valannot").iterdir():
-        path.unlink()
-    with pytest.raises(InputError, match="2 of 2 val images of camvid have no mask under .*, first val0, val1"):
-        open_dataset("camvid", root, 1)
-    (root / "valannot").rmdir()
-    with pytest.raises(InputError, match="lacks valannot/; expected train/, trainannot/, val/, valannot/"):
-        open_dataset("camvid", root, 1)
-
-
-def test_an_empty_folder_and_a_labeled_image_without_mask_get_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="holds no train images of camvid"):
-        open_dataset("camvid", camvid(tmp_path / "empty", train=0), 1)
-    root = camvid(tmp_path / "partial")
-    (root / "trainannot" / "train0.png").unlink()
-    with pytest.raises(
-        InputError, match="1 of 4 labeled images of camvid have no mask under .*, first train0; add what is missing"
-    ):
-        open_dataset("camvid", root, "all")
-
-
-def test_a_crop_that_no_image_can_fill_is_refused(tmp_path):
-    data = open_dataset("camvid", camvid(tmp_path), 2)
-    with pytest.raises(
-        InputError, match="--crop 81 is larger than the images can fill: train0 is 40 pixels long.*at most 80"
-    ):
-        training_loader(data, range(1), 2, 81, "fixmatch", 0)
-    assert len(training_loader(data, range(1), 2, 80, "fixmatch", 0)) == 1
-
-
-def mutated(path, rng):
-    """Writes one odd or broken image of 40 x 30 pixels. Returns whether it must load, or None where it may."""
-    image = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-    content = io.BytesIO()
-    kind = rng.integers(10)
-    if kind < 4:
-        image.save(content, ("JPEG", "PNG")[kind % 2])
-        content = content.getvalue()
-        place = int(rng.integers(1, len(content) - 1))
-        if kind < 2:
-            path.write_bytes(content[:place])  # a JPEG that lacks its last bytes alone may still be whole
-            return None
-        noise = rng.integers(0, 256, 8, dtype=np.uint8).tobytes()
-        path.write_bytes(content[:place] + noise + content[place + 8 :])
-        return None
-    if kind == 4:
-        path.write_bytes(b"\0" * int(rng.integers(0, 300)))
-        return False
-    if kind == 5:
-        Image.fromarray(rng.integers(0, 65535, (30, 40)).astype(np.uint16)).save(path, "PNG")
-        return False
-    if kind == 6:  # a header that promises ten thousand million pixels
-        image.save(content, "PNG")
-        header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content.getvalue()[24:29]
-        path.write_bytes(
-            content.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + content.getvalue()[33:]
-        )
-        return False
-    if kind == 7:
-        exif = Image.Exif()
-        exif[0x0112] = 6  # stored lying on its side
-        image.transpose(Image.Transpose.ROTATE_90).save(path, "JPEG", exif=exif)
-    elif kind == 8:
-        image.convert("CMYK").save(path, "JPEG")
-    else:
-        image.convert(("RGBA", "LA", "L", "1")[rng.integers(4)]).save(path, "PNG")
-    return True
-
-
-def test_three_hundred_odd_and_broken_files_load_right_or_are_named(tmp_path, capsys):
-    root, rng = camvid(tmp_path, train=1), np.random.default_rng(0)
-    verdicts = {}
-    for i in range(300):
-        path = root / "train" / f"odd{i:03d}{('.jpg', '.png')[rng.integers(2)]}"  # the suffix says nothing
-        must = mutated(path, rng)
-        try:
-            loads = D.read_image(Item(path.stem, path, None)).size == (40, 30)
-            assert loads or must is None
-        except InputError as error:
-            assert str(path) in str(error)
-            loads = False
-        assert must in (None, loads), path
-        verdicts[path.stem] = loads
-    assert 60 < sum(verdicts.values()) < 240
-    (tmp_path / "list.txt").write_text("train0\n")
-    with pytest.raises(InputError) as stop:
-        D.main(["check", "--dataset", "camvid", "--root", str(root), "--labeled", str(tmp_path / "list.txt")])
-    assert all((stem in str(stop.value)) != loads for stem, loads in verdicts.items())
+def test_normalized_images_have_imagenet_s_mean_and_deviation():
+    images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
+    expected = transforms.Normalize(D.MEAN, D.STD)(images / 255)
+    torch.testing.assert_close(D.normalize(images), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the same views as the plain pipeline's, which resizes the whole image and works in Pillow throughout
+# the same views as a plain pipeline's, which resizes the whole image and works in Pillow throughout
+
+
+class PlainViews:
+    """The pipeline of most repositories of this field."""
+
+    jitter, gray = transforms.ColorJitter(0.5, 0.5, 0.5, 0.25), transforms.RandomGrayscale(0.2)
+
+    def __init__(self, item, crop, scales):
+        self.item, self.crop, self.scales = item, crop, scales
+
+    def weak(self):
+        image, mask = Image.open(self.item.image).convert("RGB"), Image.open(self.item.mask)
+        scale = random.uniform(*self.scales)
+        size = [round(side * scale) for side in image.size]
+        image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+        padding = (0, 0, *(max(0, self.crop - side) for side in size))
+        image, mask = ImageOps.expand(image, padding, 0), ImageOps.expand(mask, padding, 255)
+        left, top = (random.randint(0, side - self.crop) for side in image.size)
+        box = (left, top, left + self.crop, top + self.crop)
+        image, mask = image.crop(box), mask.crop(box)
+        return (ImageOps.mirror(image), ImageOps.mirror(mask)) if random.random() < 0.5 else (image, mask)
+
+    def strong(self, image):
+        image = self.gray(self.jitter(image) if random.random() < 0.8 else image)
+        if random.random() < 0.5:
+            image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return image
 
 
 def farthest(one, two):
@@ -423,8 +636,8 @@ def rivals(tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(np.zeros((48, 64), np.uint8)).save(tmp_path / "mask.png")
     item = Item("image", tmp_path / "image.png", tmp_path / "mask.png")
-    data = D.Data("one", ("0",), (0.5, 2.0), D.indices(1), [item], [item], [item], [])
-    return data, benchmark.PlainViews(item, 48, (0.5, 2.0))
+    data = D.Data("one", ("0",), (0.5, 2.0), {"": D.mask_values({0: 0})}, [item], [item], [item], [])
+    return data, PlainViews(item, 48, (0.5, 2.0))
 
 
 def test_crops_are_distributed_like_the_plain_pipeline_s(rivals):
@@ -438,14 +651,8 @@ def test_crops_are_distributed_like_the_plain_pipeline_s(rivals):
         red, green = image[0][seen].astype(float), image[1][seen].astype(float)
         columns = np.flatnonzero(seen.any(0))
         row = image[0][np.flatnonzero(seen.any(1))[0]].astype(float)
-        return (
-            seen.any(0).sum(),
-            seen.any(1).sum(),
-            red.mean(),
-            green.mean(),
-            red.std(),
-            row[columns[-1]] < row[columns[0]],
-        )
+        mirrored = row[columns[-1]] < row[columns[0]]
+        return seen.any(0).sum(), seen.any(1).sum(), red.mean(), green.mean(), red.std(), mirrored
 
     ours = np.array([features(views[n]["x"].numpy(), views[n]["y"].numpy()) for n in range(DRAWS)])
     pairs = (plain.weak() for _ in range(DRAWS))
@@ -465,11 +672,63 @@ def test_colors_are_distributed_like_the_plain_pipeline_s(rivals):
         """Brightness, contrast, color and sharpness of an image (3,H,W), 0..255."""
         gray = strong.mean(0)
         numbers = [*strong.mean((1, 2)), gray.std(), strong.std(0).mean(), np.abs(np.diff(gray)).mean()]
-        return np.round(numbers, 1)  # many images are gray or as they were, and normalizing them back is not exact
+        return np.round(numbers, 1)  # many images are gray or as they were
 
     ours = np.array([features(D.strong_views(weak[None], 0, [n])[0].numpy().astype(float)) for n in range(DRAWS)])
-    mean, std = (255 * np.array(values)[:, None, None] for values in (D.MEAN, D.STD))
-    theirs = np.array([features(plain.strong(image).numpy() * std + mean) for _ in range(DRAWS)])
+    strong = (np.asarray(plain.strong(image), float).transpose(2, 0, 1) for _ in range(DRAWS))
+    theirs = np.array([features(view) for view in strong])
     distances = [farthest(one, two) for one, two in zip(ours.T, theirs.T)]
     assert max(distances) < BY_CHANCE, distances
     assert farthest(ours[:, 3], theirs[:, 3] * 1.3) > BY_CHANCE
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loaders
+
+
+def test_every_pass_shows_every_image_once_and_in_another_order():
+    items = [Item(str(i), None, None) for i in range(7)]
+    passes = [[D.sampled(items, 0, "order_u", 7 * epoch + place).id for place in range(7)] for epoch in range(3)]
+    assert all(sorted(order) == ids(items) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def batches(root, steps, workers=0, rank=0, world=1, batch_size=2, seed=0, framework="fixmatch"):
+    data = open_dataset("shapes", root, 3)
+    return list(training_loader(data, steps, batch_size, 32, framework, seed, workers, rank, world))
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(map(torch.equal, one.values(), two.values()))
+
+
+def test_neither_workers_nor_an_interruption_change_a_batch(shapes):
+    whole = batches(shapes, range(4))
+    assert len(whole) == 4 and whole[0]["weak"].shape == (2, 3, 32, 32) and whole[0]["y"].dtype == torch.uint8
+    assert all(map(same, whole, batches(shapes, range(4), workers=2)))
+    assert all(map(same, whole[2:], batches(shapes, range(2, 4))))
+    assert not same(whole[0], batches(shapes, range(1), seed=1)[0])
+
+
+def test_supervised_batches_are_the_labeled_half_of_the_others(shapes):
+    for supervised, both in zip(batches(shapes, range(2), framework="supervised"), batches(shapes, range(2))):
+        assert supervised.keys() == {"x", "y"} and same(supervised, {"x": both["x"], "y": both["y"]})
+
+
+def test_two_processes_see_together_what_one_sees(shapes):
+    one, first, second = (
+        batches(shapes, range(3), **options)
+        for options in ({"batch_size": 4}, {"rank": 0, "world": 2}, {"rank": 1, "world": 2})
+    )
+    for whole, *halves in zip(one, first, second):
+        assert same(whole, {name: torch.cat([half[name] for half in halves]) for name in whole})
+
+
+def test_evaluation_shares_hold_every_image_exactly_once_and_whole(shapes):
+    data = open_dataset("shapes", shapes, 3)
+    seen = [pair for rank in range(2) for pair in D.evaluation_loader(data, data.val, rank=rank, world=2)]
+    expected = [read(data.val[i], data) for i in (0, 2, 1)]
+    assert len(seen) == 3 and not list(D.evaluation_loader(data, data.val, rank=3, world=4))
+    for (image, mask), pair in zip(seen, expected):
+        assert image.shape == (1, 3, 96, 96) and mask.shape == (1, 96, 96) and image.dtype == mask.dtype == torch.uint8
+        assert torch.equal(image[0], pil_to_tensor(pair[0])) and torch.equal(mask, pil_to_tensor(pair[1]))

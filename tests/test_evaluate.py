@@ -1,128 +1,214 @@
-"""evaluate.py: scores against hand-made counts, and checkpoints that must not be trusted."""
+"""evaluate.py: scores against hand-made counts, protocols and panels against plain code, whole runs of main."""
 
 import json
 import math
+import os
+import subprocess
 import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+from trees import camvid, folder
 
 import evaluate as E
-from data import InputError, open_dataset, read
-from refine import confidence, refine
+from data import InputError, normalize, open_dataset, palette, read
+from model import DeepLabV3Plus, save_checkpoint
+from refine import confidence, dpa_threshold, pseudo_labels, refine
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ("sky", "road", "car")
+CPU = torch.device("cpu")
 
 
-def test_confusion_counts_pairs_and_leaves_255_out():
-    label = torch.tensor([[0, 0, 1], [255, 2, 1]])
+def picture(height, width, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=rng)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scores
+
+
+def plain_confusion(prediction, label, num_classes):
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    for truth, predicted in zip(label.flatten().tolist(), prediction.flatten().tolist()):
+        if truth != 255:
+            counts[truth, predicted] += 1
+    return counts
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.long])
+def test_confusion_counts_pairs_and_leaves_255_out(kind):
+    label = torch.tensor([[0, 0, 1], [255, 2, 1]], dtype=kind)
     prediction = torch.tensor([[0, 1, 1], [2, 2, 0]])
     assert E.confusion_matrix(prediction, label, 3).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
-    assert E.confusion_matrix(prediction, label.to(torch.uint8), 3).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    rng = torch.Generator().manual_seed(0)
+    label, prediction = torch.randint(0, 20, (2, 2, 9, 7), generator=rng).to(kind)
+    label[0, 3:5] = 255
+    assert torch.equal(E.confusion_matrix(prediction, label, 20), plain_confusion(prediction, label, 20))
 
 
-def test_scores_match_a_hand_made_confusion_matrix():
-    result = E.scores(torch.tensor([[6, 2, 0], [1, 3, 0], [0, 4, 4]]), torch.eye(4), CLASSES)
-    assert result["iou"] == pytest.approx({"sky": 100 * 6 / 9, "road": 100 * 3 / 10, "car": 100 * 4 / 8})
-    assert result["miou"] == pytest.approx((100 * 6 / 9 + 30 + 50) / 3)
-    assert result["pixel_accuracy"] == pytest.approx(100 * 13 / 20)
+def test_iou_matches_a_hand_made_confusion_matrix():
+    iou, miou = E.intersection_over_union(torch.tensor([[6, 2, 0], [1, 3, 0], [0, 4, 4]]), CLASSES)
+    assert iou == pytest.approx({"sky": 100 * 6 / 9, "road": 100 * 3 / 10, "car": 100 * 4 / 8})
+    assert miou == pytest.approx((100 * 6 / 9 + 30 + 50) / 3)
 
 
-def test_a_class_in_neither_truth_nor_prediction_counts_nowhere():
-    result = E.scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), torch.eye(4), CLASSES)
-    assert result["iou"]["car"] is None and result["miou"] == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
-    assert "car" in E.table(result) and "absent" in E.table(result)
-    wrongly_predicted = E.scores(torch.tensor([[3, 1, 1], [0, 4, 0], [0, 0, 0]]), torch.eye(4), CLASSES)
-    assert wrongly_predicted["iou"]["car"] == 0
+def test_a_class_in_neither_ground_truth_nor_prediction_counts_nowhere():
+    iou, miou = E.intersection_over_union(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), CLASSES)
+    assert iou["car"] is None and miou == pytest.approx(100 * (3 / 4 + 4 / 5) / 2)
+    wrongly_predicted, _ = E.intersection_over_union(torch.tensor([[3, 1, 1], [0, 4, 0], [0, 0, 0]]), CLASSES)
+    assert wrongly_predicted["car"] == 0
+    assert E.intersection_over_union(torch.zeros(3, 3), CLASSES) == (dict.fromkeys(CLASSES), None)
 
 
-class Oracle(torch.nn.Module):
-    """Predicts class 0 everywhere."""
+def test_the_table_shows_each_class_and_the_means():
+    scores = {"miou": 61.5, "boundary_miou": None, "pixel_accuracy": 87.654, "iou": {"sky": 61.5, "sign symbol": None}}
+    lines = E.table(scores | {"boundary_iou": {"sky": 12.25, "sign symbol": None}}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["IoU", "boundary"], ["sky", "61.50", "12.25"], ["sign", "symbol", "absent", "absent"],
+        ["mIoU", "61.50", "absent"], ["pixel", "accuracy", "87.65"],
+    ]  # fmt: skip
+    assert len({len(line) for line in lines[:-1]}) == 1  # columns
+
+
+class ByColor(torch.nn.Module):
+    """Logits are linear in a pixel's own colors, so that windows and scales must not matter."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.classes, self.sizes = classes, []
 
     def forward(self, x):
-        return torch.cat([torch.ones_like(x[:, :1]), torch.zeros(len(x), 6, *x.shape[2:])], 1)
+        self.sizes.append(tuple(x.shape[-2:]))
+        return torch.stack([x[:, i % 3] * (1 + 0.3 * i) - 0.2 * i for i in range(self.classes)], 1)
 
 
-def test_background_alone_scores_its_share_on_shapes():
-    data = open_dataset("shapes", "", 3)
-    result = E.evaluate(Oracle(), data, data.val[:20], torch.device("cpu"))
-    assert result["iou"]["background"] == pytest.approx(result["pixel_accuracy"])
-    assert result["miou"] == pytest.approx(result["iou"]["background"] / 7)
+@pytest.fixture
+def data(tmp_path):
+    """A little CamVid, whose training images are noise and whose masks hold more classes than the tree's own."""
+    root, rng = camvid(tmp_path / "camvid", train=5, val=3), np.random.default_rng(0)
+    for path in [*root.glob("train/*"), *root.glob("val/*")]:
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+        mask = rng.choice([0, 1, 2, 3, 11], (6, 8)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(mask).save(root / f"{path.parent.name}annot" / path.name)
+    return open_dataset("camvid", root, 2)
 
 
-def test_heat_grows_from_black_to_white():
-    assert E.heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]]))[:, 0].T.tolist() == [
-        [0, 0, 0],
-        [255, 0, 0],
-        [255, 255, 0],
-        [255] * 3,
-    ]
+def plain_scores(data, items, predicted, window=np.s_[:, :]):
+    """The scores of evaluate, from the definitions; predicted: image (1,3,H,W) -> class indices (H,W)."""
+    confusion, boundary = torch.zeros(11, 11), {c: [] for c in range(11)}
+    for item in items:
+        image, mask = (pil_to_tensor(part) for part in read(item, data))
+        label = mask[0][window]
+        prediction = predicted(image[(None, slice(None), *window)])
+        confusion += plain_confusion(prediction, label, 11)
+        for c in range(11):
+            boundary[c].append(plain_bands(prediction, label, c))
+    right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    iou = {name: 100 * (right[c] / union[c]).item() if union[c] else None for c, name in enumerate(data.classes)}
+    sums = [[sum(values) for values in zip(*boundary[c])] for c in range(11)]
+    bands = [100 * both / either if either else None for both, either in sums]
+    return {
+        "iou": iou,
+        "miou": np.mean([value for value in iou.values() if value is not None]),
+        "pixel_accuracy": 100 * (right.sum() / confusion.sum()).item(),
+        "boundary_iou": dict(zip(data.classes, bands)),
+    }
 
 
-def test_an_overlay_shows_the_label_s_colors_and_dims_the_rest():
-    image = torch.full((3, 2, 2), 90, dtype=torch.uint8)
-    tile = E.overlay(image, torch.tensor([[1, 1], [255, 255]], dtype=torch.uint8))
-    assert tile[:, 1, 0].tolist() == [30] * 3 and tile[0, 0, 0] > 100 and tile[1, 0, 0] < 30
-    assert torch.equal(E.overlay(image, torch.full((2, 2), 255)), image // 3)
+def test_scores_are_those_of_plain_loops_over_the_pixels(data):
+    network = ByColor(11)
+    result = E.evaluate(network, data, data.val, CPU)
+    expected = plain_scores(data, data.val, lambda image: network(normalize(image)).argmax(1)[0])
+    known = [value for value in expected["boundary_iou"].values() if value is not None]
+    assert result.pop("boundary_miou") == pytest.approx(np.mean(known))
+    assert result.keys() == expected.keys() and len(result["iou"]) == 11
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value), name
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("this must not run",)
+def test_the_center_crop_scores_only_the_center(data):
+    network, window = ByColor(11), np.s_[4:44, 12:52]
+    result = E.evaluate(network, data, data.val, CPU, E.Protocol("center-crop", 40))
+    assert set(network.sizes) == {(40, 40)}
+    expected = plain_scores(data, data.val, lambda image: network(normalize(image)).argmax(1)[0], window)
+    assert result["iou"] == pytest.approx(expected["iou"])
+    assert result["boundary_iou"] == pytest.approx(expected["boundary_iou"])
+    large = E.evaluate(network, data, data.val, CPU, E.Protocol("center-crop", 50))
+    assert network.sizes[-1] == (48, 50) and large["pixel_accuracy"] != result["pixel_accuracy"]
 
 
-def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
-    with pytest.raises(InputError, match="is not there; expected the last.pth"):
-        E.load_checkpoint(tmp_path / "none.pth")
-    parts = ("step", "classes", "labeled", "unlabeled", "val", "palette", "preprocessing", "student", "teacher")
-    old = dict.fromkeys(parts, 0) | {"args": {"dataset": "shapes"}}
-    other = old | {"args": dict.fromkeys(E.RUN_ARGUMENTS), "preprocessing": {"mean": [0.5] * 3, "std": [1.0] * 3}}
-    for name, content in (
-        ("evil.pth", {"step": Evil()}), ("list.pth", [1]), ("other.pth", {"step": 1}), ("old.pth", old), ("gray.pth", other),
-    ):  # fmt: skip
-        torch.save(content, tmp_path / name)
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:100])
-    for name, says in (
-        ("evil", "could not be read"),
-        ("cut", "could not be read"),
-        ("list", "lacks args"),
-        ("other", "lacks args"),
-        ("gray", r"expects \{'mean': \[0.5, 0.5, 0.5\].*; this version gives"),
-        ("old", "lacks alpha0, backbone, .* expected one that this version of train.py saved"),
-    ):
-        with pytest.raises(InputError, match=says):
-            E.load_checkpoint(tmp_path / f"{name}.pth")
-    assert "must not run" not in capsys.readouterr().out
+def test_masks_without_a_label_are_refused(data):
+    Image.fromarray(np.full((48, 64), 255, np.uint8)).save(data.val[0].mask)
+    with pytest.raises(InputError, match="no pixel of the images to score has a label; expected class indices"):
+        E.evaluate(ByColor(11), data, data.val[:1], CPU)
 
 
-def test_weights_of_another_class_count_get_one_sentence():
-    from model import DeepLabV3Plus
+# ----------------------------------------------------------------------------------------------------------------------
+# boundaries
 
-    weights = DeepLabV3Plus("resnet10", 7).state_dict()
-    checkpoint = {"args": {"backbone": "resnet10", "output_stride": 16}, "classes": ["a"] * 5, "teacher": weights}
-    with pytest.raises(InputError, match="do not fit a resnet10 with 5 classes.*7.*5"):
-        E.load_model(checkpoint, "last.pth")
+
+def plain_near(label, distance, image_border):
+    (height, width), values = label.shape, label.tolist()
+
+    def differs(y, x, j, i):
+        return values[j][i] != values[y][x] if 0 <= j < height and 0 <= i < width else image_border
+
+    def near(y, x):
+        reach = range(-distance, distance + 1)
+        return any(differs(y, x, y + dy, x + dx) for dy in reach for dx in reach)
+
+    return torch.tensor([[near(y, x) for x in range(width)] for y in range(height)])
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.long])
+@pytest.mark.parametrize("image_border", [True, False])
+@pytest.mark.parametrize("distance", [1, 3])
+def test_contours_match_plain_loops(distance, image_border, kind):
+    label = torch.zeros(2, 13, 17, dtype=kind)
+    label[0, 3:9, 4:12], label[1, :, 9:], label[1, 6, 12] = 5, 255, 7
+    near = E.near_contour(label, distance, image_border)
+    assert torch.equal(near, torch.stack([plain_near(one, distance, image_border) for one in label]))
+
+
+def plain_bands(prediction, label, c):
+    """Cheng et al., 2021, from their definition: (intersection, union) of the masks without their erosions."""
+    distance = max(1, round(0.02 * math.hypot(*label.shape)))
+    prediction = prediction.masked_fill(label == 255, 255)
+    bands = [(one == c) & plain_near((one == c).int(), distance, True) for one in (prediction, label)]
+    return (bands[0] & bands[1]).sum().item(), (bands[0] | bands[1]).sum().item()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.long])
+def test_boundary_iou_matches_its_definition(kind):
+    rng = torch.Generator().manual_seed(1)
+    label = torch.randint(0, 3, (1, 5, 6), generator=rng).repeat_interleave(12, 1).repeat_interleave(12, 2)
+    prediction = label.roll(3, 2)
+    label[:, 20:23] = 255
+    iou, mean = E.intersection_over_union(E.boundary_confusion(prediction, label.to(kind), 3), CLASSES)
+    bands = [plain_bands(prediction[0], label[0], c) for c in range(3)]
+    expected = [100 * both / either for both, either in bands]
+    assert list(iou.values()) == pytest.approx(expected) and mean == pytest.approx(sum(expected) / 3)
+    assert 0 < mean < 100
+    assert E.intersection_over_union(E.boundary_confusion(label, label.to(kind), 3), CLASSES)[1] == 100
+
+
+def test_a_shifted_contour_costs_more_at_the_boundary_than_inside():
+    label = torch.zeros(1, 100, 100, dtype=torch.long)
+    label[:, 20:80, 20:80] = 1
+    shifted = label.roll(2, 2)
+    whole = E.intersection_over_union(E.confusion_matrix(shifted, label, 2), ("a", "b"))[1]
+    boundary = E.intersection_over_union(E.boundary_confusion(shifted, label, 2), ("a", "b"))[1]
+    assert boundary < whole - 10
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # protocols
-
-
-class Local(torch.nn.Module):
-    """A pixel's logits are three times its own normalized colors, so windows and scales must not matter."""
-
-    def forward(self, x):
-        self.sizes = [*getattr(self, "sizes", []), tuple(x.shape[-2:])]
-        return 3 * x
-
-
-def picture(height, width, seed=0):
-    return torch.randint(
-        0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
 
 
 @pytest.mark.parametrize("side", [1, 20, 32, 33, 53, 54, 96, 100, 769])
@@ -135,12 +221,12 @@ def test_windows_cover_a_side_with_steps_of_two_thirds_and_end_at_its_border(sid
 
 @pytest.mark.parametrize("height, width", [(50, 70), (20, 70), (20, 25), (32, 32)])
 def test_sliding_windows_are_crop_sized_and_leave_no_seam(height, width):
-    model, image = Local(), picture(height, width)
-    whole = E.predict(model, image, E.Protocol())
-    model.sizes = []
-    slid = E.predict(model, image, E.Protocol("sliding", 32))
+    network, image = ByColor(), picture(height, width)
+    whole = E.predict(network, image)
+    network.sizes = []
+    slid = E.predict(network, image, E.Protocol("sliding", 32))
     torch.testing.assert_close(slid, whole)
-    assert set(model.sizes) == {(min(height, 32), min(width, 32))}
+    assert set(network.sizes) == {(min(height, 32), min(width, 32))}
     torch.testing.assert_close(slid.sum(1), torch.ones(1, height, width))
 
 
@@ -163,228 +249,335 @@ def test_overlapping_windows_average_probabilities():
 def test_flips_and_scales_are_averaged_and_turned_back():
     ramp = torch.arange(60, dtype=torch.uint8).mul(4).view(1, 1, 1, 60).expand(1, 3, 40, 60).clone()
     ramp[:, 1] = 255 - ramp[:, 1]
-    model = Local()
-    averaged, plain = E.predict(model, ramp, E.Protocol(tta=True)), E.predict(Local(), ramp, E.Protocol())
-    assert sorted(set(model.sizes)) == [(30, 45), (40, 60), (50, 75)] and len(model.sizes) == 6
-    assert (averaged - plain).abs()[..., 3:-3].max() < 0.06  # a smooth image: scales differ by interpolation alone
+    network = ByColor()
+    averaged, plain = E.predict(network, ramp, E.Protocol(tta=True)), E.predict(ByColor(), ramp)
+    assert sorted(set(network.sizes)) == [(30, 45), (40, 60), (50, 75)] and len(network.sizes) == 6
+    assert (averaged - plain).abs()[..., 3:-3].max() < 0.06  # a smooth image: scales differ only by interpolation
     torch.testing.assert_close(averaged.sum(1), torch.ones(1, 40, 60))
+
+
+def test_a_network_that_prefers_one_side_is_balanced_by_flips():
+    class Left(torch.nn.Module):
+        def forward(self, x):
+            left = torch.linspace(2, -2, x.shape[-1]).expand(x.shape[0], *x.shape[-2:])
+            return torch.stack([left, -left], 1)
+
+    prob = E.predict(Left(), picture(8, 12), E.Protocol(tta=True))
+    torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
 
 
 def test_refinement_at_inference_is_that_of_training():
     image, options = picture(12, 15), {"neighborhood": 5, "neighbors": 2}
-    prob = E.predict(Local(), image, E.Protocol())
-    torch.testing.assert_close(E.predict(Local(), image, E.Protocol(refine=options)), refine(prob, **options))
-
-
-def test_the_center_crop_scores_the_center_alone():
-    data = open_dataset("shapes", "", 3)
-    items = data.val[:3]
-    result = E.evaluate(Oracle(), data, items, torch.device("cpu"), E.Protocol("center-crop", 40))
-    masks = torch.stack([torch.from_numpy(np.array(read(item, data)[1])) for item in items])[:, 28:68, 28:68]
-    assert result["pixel_accuracy"] == pytest.approx(100 * ((masks == 0).sum() / (masks != 255).sum()).item())
+    for protocol in (E.Protocol(), E.Protocol("sliding", 10, tta=True)):
+        prob = E.predict(ByColor(), image, protocol)
+        refined = E.predict(ByColor(), image, protocol._replace(refine=options))
+        torch.testing.assert_close(refined, refine(prob, **options))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# boundaries
+# pseudo-labels
 
 
-def plain_near(label, distance, image_border):
-    height, width = label.shape
-    near = torch.zeros(height, width, dtype=torch.bool)
-    for y in range(height):
-        for x in range(width):
-            for j in range(y - distance, y + distance + 1):
-                for i in range(x - distance, x + distance + 1):
-                    inside = 0 <= j < height and 0 <= i < width
-                    near[y, x] |= label[j, i] != label[y, x] if inside else image_border
-    return near
+def run_arguments(**changes):
+    """What evaluate.py reads of a run's arguments."""
+    method = {"neighborhood": 3, "neighbors": 1, "select": "max", "distance_weight": True, "dilation": 1}
+    method |= {"confidence": "margin", "threshold": None, "refinement": True, "alpha0": 0.4}
+    return method | {"splits": None, "eval_mode": "original", "crop": 32} | changes
 
 
-@pytest.mark.parametrize("image_border", [True, False])
-@pytest.mark.parametrize("distance", [1, 3])
-def test_contours_match_plain_loops(distance, image_border):
-    label = torch.zeros(2, 13, 17, dtype=torch.uint8)
-    label[0, 3:9, 4:12], label[1, :, 9:], label[1, 6, 12] = 5, 255, 7
-    near = E.near_contour(label, distance, image_border)
-    assert torch.equal(near, torch.stack([plain_near(one, distance, image_border) for one in label]))
+def plain_label_counts(prob, pseudo, truth, valid, raw_conf):
+    """The counts of label_counts, pixel by pixel; raw_conf: (B,H,W)."""
+    counts = [0] * 8
+    for b, y, x in np.ndindex(*truth.shape):
+        if valid[b, y, x]:
+            known = truth[b, y, x] != 255
+            kept_raw, kept = raw_conf[b, y, x] > pseudo.threshold, pseudo.label[b, y, x] != 255
+            right_raw, right = prob[b, :, y, x].argmax() == truth[b, y, x], pseudo.label[b, y, x] == truth[b, y, x]
+            row = [1, known, kept_raw, kept_raw and known, kept_raw and right_raw, kept, kept and known, kept and right]
+            counts = [count + bool(one) for count, one in zip(counts, row)]
+    return counts
 
 
-def plain_boundary_iou(prediction, label, c):
-    """Cheng et al., 2021, from their definition: masks without their erosions, compared."""
-    distance = max(1, round(0.02 * math.hypot(*label.shape)))
-    prediction = prediction.masked_fill(label == 255, 255)
-    bands = [(one == c) & plain_near((one == c).int(), distance, True) for one in (prediction, label)]
-    union = (bands[0] | bands[1]).sum()
-    return (100 * (bands[0] & bands[1]).sum() / union).item() if union else None
+@pytest.mark.parametrize(
+    "changes", [{}, {"confidence": "entropy"}, {"confidence": "max", "threshold": 0.5}, {"neighbors": 2}]
+)
+def test_label_counts_are_those_of_a_plain_loop(changes):
+    rng = torch.Generator().manual_seed(0)
+    prob, kind = torch.randn(2, 4, 9, 11, generator=rng).mul(2).softmax(1), changes.get("confidence", "margin")
+    truth = torch.randint(0, 4, (2, 9, 11), generator=rng, dtype=torch.uint8)
+    valid = torch.rand(2, 9, 11, generator=rng) < 0.8
+    truth[0, :4], truth[~valid] = 255, 255  # as views have it: padding has no ground truth
+    options = E.label_options(run_arguments(**changes), prior=None)
+    pseudo = pseudo_labels(prob, 0.3, valid=valid, **options)
+    counts = E.label_counts(prob, pseudo, truth, valid, options)
+    assert counts.tolist() == plain_label_counts(prob, pseudo, truth, valid, confidence(prob, kind))
+    total, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
+    assert E.label_figures(counts) == pytest.approx({
+        "kept": kept / total, "correct": right / judged, "tp_change": (right - right_raw) / known,
+        "kept_raw": kept_raw / total, "correct_raw": right_raw / judged_raw,
+        "fp_change": ((judged - right) - (judged_raw - right_raw)) / known,
+    })  # fmt: skip
 
 
-def test_boundary_iou_matches_its_definition():
-    rng = torch.Generator().manual_seed(1)
-    label = torch.randint(0, 3, (1, 5, 6), generator=rng).repeat_interleave(12, 1).repeat_interleave(12, 2)
-    prediction = label.roll(3, 2)
-    label[:, 20:23] = 255
-    counts = E.boundary_confusion(prediction, label, 3)
-    iou, mean = E.intersection_over_union(counts.double(), CLASSES)
-    expected = [plain_boundary_iou(prediction[0], label[0], c) for c in range(3)]
-    assert list(iou.values()) == pytest.approx(expected) and mean == pytest.approx(sum(expected) / 3)
-    assert 0 < mean < 100
-    assert E.intersection_over_union(E.boundary_confusion(label, label, 3).double(), CLASSES)[1] == 100
+def test_without_ground_truth_only_the_shares_of_labels_are_known():
+    assert E.label_figures(torch.tensor([8, 0, 2, 0, 0, 4, 0, 0])) == {"kept": 0.5, "kept_raw": 0.25}
+    assert E.label_figures(torch.zeros(8)) == {"kept": 0, "kept_raw": 0}
+    nothing_kept = E.label_figures(torch.tensor([8, 8, 0, 0, 0, 0, 0, 0]))
+    assert nothing_kept["correct"] == nothing_kept["correct_raw"] == 0
 
 
-def test_a_shifted_contour_costs_more_at_the_boundary_than_inside():
-    label = torch.zeros(1, 100, 100, dtype=torch.long)
-    label[:, 20:80, 20:80] = 1
-    shifted = label.roll(2, 2)
-    whole = E.intersection_over_union(E.confusion_matrix(shifted, label, 2).double(), ("a", "b"))[1]
-    boundary = E.intersection_over_union(E.boundary_confusion(shifted, label, 2).double(), ("a", "b"))[1]
-    assert boundary < whole - 10
+@pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"confidence": "entropy", "refinement": False}])
+def test_the_labels_of_whole_images_have_the_threshold_of_their_own_pixels(data, changes):
+    network, args = ByColor(11), run_arguments(**changes)
+    counts = torch.zeros(8, dtype=torch.long)
+    for item in data.unlabeled:
+        image, truth = (pil_to_tensor(part)[None] for part in read(item, data))
+        prob = network(normalize(image)).softmax(1)
+        conf = confidence(prob, args["confidence"])
+        threshold = dpa_threshold(conf, 0.4) if args["threshold"] is None else args["threshold"]
+        assert E.image_threshold(prob, args) == threshold
+        options = E.label_options(args) | {"threshold": threshold}
+        pseudo = pseudo_labels(prob, None, **options)
+        valid = torch.ones_like(conf, dtype=torch.bool)
+        counts += torch.tensor(plain_label_counts(prob, pseudo, truth[0], valid, conf))
+    figures = E.evaluate_labels(network, data, data.unlabeled, CPU, E.Protocol(), args, None)
+    assert figures == E.label_figures(counts) and 0 < figures["kept_raw"] < 1
+    assert ("threshold" in changes) or figures["kept_raw"] == pytest.approx(0.6, abs=0.01)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the report on pseudo-labels
-
-
-def random_counts(seed=0, bins=50):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 40, (2, bins)).astype(float)
-
-
-def test_accuracy_at_equal_coverage_matches_sorted_pixels():
-    counts = random_counts()
-    pixels = np.concatenate([  # surest first; inside a bin right and wrong are spread evenly
-        np.full(int(total), right / total) for right, total in zip(counts[1], counts.sum(0)) if total
-    ])  # fmt: skip
-    result = E.coverage_accuracy(counts)
-    for coverage, accuracy in result["coverage"].items():
-        assert accuracy == pytest.approx(pixels[: round(coverage * len(pixels))].mean(), abs=2e-3)
-    running = pixels.cumsum() / np.arange(1, len(pixels) + 1)
-    assert result["area"] == pytest.approx(running.mean(), abs=2e-3)
-    assert E.coverage_accuracy(np.zeros((2, 5))) == {}
-
-
-def test_the_report_sees_the_center_crop_alone_where_it_is_asked_for():
-    data = open_dataset("shapes", "", 3)
-    protocol, options = E.Protocol("center-crop", 32), refinement_options_of()
-    sizes = [tuple(image.shape) for image, _ in E.images_to_score(data, data.val[:1], protocol, 0, 0, 1)]
-    assert sizes == [(1, 3, 32, 32)]
-    crop = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options, protocol)
-    whole = E.pseudo_label_report(Stripes(), data, data.unlabeled[:1], torch.device("cpu"), 0.4, options)
-    assert crop["raw"]["all"] != whole["raw"]["all"]
-
-
-def test_the_report_counts_what_plain_loops_count():
-    data = open_dataset("shapes", "", 3)
-    items, options = data.unlabeled[:3], refinement_options_of(threshold=None)
-    model, alpha = Stripes(), 0.4
-    report = E.pseudo_label_report(model, data, items, torch.device("cpu"), alpha, options)
-    found = {"raw": [], "refined": []}
-    for item in items:
-        image, mask = (torch.from_numpy(np.array(part)) for part in read(item, data))
-        prob = model(E.normalize(image.permute(2, 0, 1)[None])).softmax(1)
-        near = E.near_contour(mask[None], 5, image_border=False)[0]
-        for name, p in (("raw", prob), ("refined", refine(prob))):
-            rows = zip(confidence(p)[0][mask != 255], p.argmax(1)[0][mask != 255], mask[mask != 255], near[mask != 255])
-            found[name] += [
-                (conf.item(), label.item(), label.item() == truth.item(), edge.item())
-                for conf, label, truth, edge in rows
-            ]
-    threshold = np.quantile([row[0] for row in found["raw"]], alpha)
-    for name, rows in found.items():
-        kept = [row for row in rows if row[0] > threshold]
-        assert report[name]["kept"]["all"] == pytest.approx(len(kept) / len(rows), abs=2e-3)
-        assert report[name]["correct"]["all"] == pytest.approx(np.mean([row[2] for row in kept]), abs=2e-3)
-        for c, class_name in enumerate(data.classes):
-            called, passed = ([row for row in part if row[1] == c] for part in (rows, kept))
-            if called:
-                assert report[name]["kept"][class_name] == pytest.approx(len(passed) / len(called), abs=0.02)
-        for part, members in (("all", rows), ("border", [row for row in rows if row[3]])):
-            members = sorted(members, key=lambda row: -row[0])
-            for coverage, accuracy in report[name][part]["coverage"].items():
-                surest = [row[2] for row in members[: round(coverage * len(members))]]
-                assert accuracy == pytest.approx(np.mean(surest), abs=5e-3)
-    assert report["raw"] != report["refined"] and "mean over all shares" in E.report_table(report)
-
-
-class Stripes(torch.nn.Module):
-    """Seven logits that follow the image's colors, unsure almost everywhere."""
-
-    def forward(self, x):
-        return torch.stack([x[:, i % 3] * (1 + 0.3 * i) - 0.2 * i for i in range(7)], 1)
-
-
-def refinement_options_of(**changes):
-    args = dict(
-        refinement=True, neighborhood=3, neighbors=1, select="max", distance_weight=True, dilation=1, threshold=None, confidence="margin",
-    )  # fmt: skip
-    return E.refinement_options(args | changes)
-
-
-def test_a_fixed_threshold_takes_the_place_of_the_quantile_in_the_report():
-    data = open_dataset("shapes", "", 3)
-    items, model = data.unlabeled[:2], Stripes()
-    report = E.pseudo_label_report(model, data, items, torch.device("cpu"), 0.4, refinement_options_of(threshold=0.5))
-    shares = []
-    for item in items:
-        image, mask = (torch.from_numpy(np.array(part)) for part in read(item, data))
-        conf = confidence(model(E.normalize(image.permute(2, 0, 1)[None])).softmax(1))[0]
-        shares.append((conf[mask != 255] > 0.5).float())
-    assert report["raw"]["kept"]["all"] == pytest.approx(torch.cat(shares).mean().item(), abs=0.01)
-
-
-@pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
-def test_doubt_is_confidence_turned_round(kind):
-    prob = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]).T.reshape(1, 3, 1, 3)
-    doubts = E.doubt(confidence(prob, kind), kind, 3)[0, 0].tolist()
-    assert doubts[0] == pytest.approx(0, abs=1e-6) and doubts[0] < doubts[2] < doubts[1] <= 1 + 1e-6
+def test_the_options_of_a_run_are_those_of_refine_and_pseudo_labels():
+    prob, prior = torch.rand(1, 3, 6, 6).softmax(1), torch.full((3,), 0.8)
+    args = run_arguments(neighborhood="cross", neighbors=2, dilation=2, confidence="max", threshold=0.4)
+    expected = {"neighborhood": "cross", "neighbors": 2, "select": "max", "distance_weight": True, "dilation": 2}
+    expected["prior"] = prior
+    assert E.refinement_options(args, prior) == expected
+    assert E.label_options(args, prior) == expected | {"kind": "max", "threshold": 0.4, "refinement": True}
+    pseudo_labels(prob, 0.4, **E.label_options(args, prior))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Figs. 4, 5 and 6
+# panels
 
 
-def write_metrics(folder, **changes):
-    lines = []
-    for step in (10, 20, 30):
-        line = {
-            "event": "train",
-            "step": step,
-            "kept": 0.7,
-            "kept_raw": 0.6,
-            "correct": 0.8,
-            "correct_raw": 0.81,
-            "tp_change": 0.01,
-        }
-        line |= {"fp_change": -0.02, "histogram": [0.05] * 20, "histogram_raw": [0.0] * 19 + [1.0]} | changes
-        lines += [line, {"event": "val", "step": step, "miou": 50.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_heat_grows_from_black_over_red_and_yellow_to_white():
+    colors = [[0, 0, 0], [255, 0, 0], [255, 255, 0], [255] * 3]
+    sure = torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0]])
+    assert E.heat(sure, "margin", 5)[:, 0].T.tolist() == colors
+    entropy = torch.tensor([[-1.2, -2 / 3, -1 / 3, 0.0]]) * math.log(5)  # refined, it goes beyond -log C
+    assert (E.heat(entropy, "entropy", 5)[:, 0].T.int() - torch.tensor(colors)).abs().max() <= 1
 
 
-def test_figures_4_to_6_are_drawn_from_a_run_s_log(tmp_path):
-    pytest.importorskip("matplotlib", reason="--figures needs matplotlib, which is optional")
-    write_metrics(tmp_path)
-    drawn = E.draw_figures(tmp_path, tmp_path)
-    assert [file.name for file in drawn] == ["fig4.png", "fig5.png", "fig6.png"]
-    sheets = [np.asarray(Image.open(file).convert("RGB")) for file in drawn]
-    assert all(sheet.min() < 100 and sheet.shape[1] > 600 for sheet in sheets)
-    write_metrics(tmp_path, kept=0.1, fp_change=0.3, histogram=[1.0] + [0.0] * 19)
-    E.draw_figures(tmp_path, tmp_path)
-    assert all((np.asarray(Image.open(file).convert("RGB")) != sheet).any() for file, sheet in zip(drawn, sheets))
+def test_an_overlay_shows_the_label_s_colors_and_dims_the_rest():
+    image = picture(4, 6)[0]
+    label = torch.tensor([[1, 1, 2, 2, 255, 255]], dtype=torch.uint8).expand(4, 6)
+    tile = E.overlay(image, label)
+    assert torch.equal(tile[..., 4:], image[..., 4:] // 3)
+    for c, columns in ((1, slice(0, 2)), (2, slice(2, 4))):
+        mixed = 0.2 * (image[..., columns] // 3) + 0.8 * torch.from_numpy(palette()[c].astype(float))[:, None, None]
+        assert (tile[..., columns] - mixed).abs().max() <= 1
+    assert torch.equal(E.overlay(image, torch.full((4, 6), 255)), image // 3)
+    assert torch.equal(E.overlay(image, torch.full((4, 6), 255), dim=1), image)
 
 
-def test_figures_without_matplotlib_or_log_get_one_sentence(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib.figure", None)
-        with pytest.raises(
-            InputError, match="--figures needs matplotlib, which is not installed; pip install matplotlib"
-        ):
-            E.draw_figures(tmp_path, tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=None))
-    with pytest.raises(InputError, match="metrics.jsonl is not there; expected the checkpoint in its run's folder"):
-        E.draw_figures(tmp_path, tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"event": "val", "step": 1}\n{"kept": 1}\n{"histogram": ['
-    )  # and a cut line
-    with pytest.raises(
-        InputError, match="has no step with unlabeled images; expected a run of this version past its warm"
+@pytest.mark.parametrize("changes", [{}, {"confidence": "entropy", "threshold": -1.5}])
+def test_a_panel_has_seven_tiles_per_row(data, changes):
+    network, items, args = ByColor(11), data.unlabeled[:2], run_arguments(**changes)
+    sheet = E.panel(network, data, items, CPU, args, width=48)
+    assert sheet.dtype == torch.uint8 and sheet.shape == (3, 2 + 2 * 50, 2 + 7 * 50)
+    for row, item in enumerate(items):
+        image, truth = (pil_to_tensor(part) for part in read(item, data))
+        prob = network(normalize(image[None])).softmax(1)
+        options = E.label_options(args) | {"threshold": E.image_threshold(prob, args)}
+        raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on}) for on in (False, True))
+        tiles = [image, E.overlay(image, truth[0]), E.overlay(image, prob.argmax(1)[0])]
+        tiles += [E.heat(one.confidence[0], args["confidence"], 11) for one in (raw, refined)]
+        tiles += [E.overlay(image, one.label[0]) for one in (raw, refined)]
+        for column, tile in enumerate(tiles):
+            shown = sheet[:, 2 + 50 * row : 50 + 50 * row, 2 + 50 * column : 50 + 50 * column]
+            assert torch.equal(shown, E.VF.resize(tile, [48, 48])), (row, column)
+
+
+def test_panels_show_unlabeled_images_of_known_ground_truth_or_else_validation_images(data):
+    chosen = E.panel_items(data, 2)
+    assert [item.id for item in chosen] == [data.unlabeled[i * len(data.unlabeled) // 2].id for i in range(2)]
+    masked = data._replace(unlabeled=[item._replace(mask=None) for item in data.unlabeled])
+    assert E.panel_items(masked) == data.val and not E.panel_items(masked._replace(val=[]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+def write_checkpoint(path, dataset, root, classes, labeled, **changes):
+    """A checkpoint of an untrained network, as train.py writes them, and the two networks."""
+    torch.manual_seed(0)
+    args = run_arguments(backbone="resnet10", output_stride=16, dataset=dataset, root=str(root)) | changes
+    names = ("student", "teacher")
+    networks = {name: DeepLabV3Plus("resnet10", len(classes)).eval() for name in names}
+    run = {"args": args, "classes": list(classes), "prior": None, "labeled": labeled, "step": 7}
+    save_checkpoint(run | {name: networks[name].state_dict() for name in names}, path)
+    return networks
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(checkpoint on a little CamVid, its root, its networks)."""
+    root, path = camvid(tmp_path / "camvid", train=4, val=3, test=1), tmp_path / "last.pth"
+    classes = open_dataset("camvid", root, 2).classes
+    return path, root, write_checkpoint(path, "camvid", root, classes, ["train1", "train3"])
+
+
+def scored(checkpoint, *options):
+    """The numbers that evaluate.py writes."""
+    file = Path(checkpoint).parent / "new" / "scores.json"
+    E.main(E.parse_args([str(checkpoint), "--device", "cpu", "--json", str(file), *map(str, options)]))
+    return json.loads(file.read_text())
+
+
+def test_every_protocol_runs_through_the_command_line(saved, monkeypatch, capsys):
+    checkpoint, root, networks = saved
+    used, predict = [], E.predict
+
+    def watched(network, image, protocol):
+        used.append((network.classifier.bias.tolist(), protocol))
+        return predict(network, image, protocol)
+
+    monkeypatch.setattr(E, "predict", watched)
+    plain, refined = E.Protocol("original", 32), E.refinement_options(run_arguments())
+    for command, part, count, protocol in (
+        ([], "val", 3, plain),
+        (["--eval-mode", "sliding", "--crop", "40"], "val", 3, plain._replace(eval_mode="sliding", crop=40)),
+        (["--eval-mode", "center-crop"], "val", 3, plain._replace(eval_mode="center-crop")),
+        (["--tta"], "val", 3, plain._replace(tta=True)),
+        (["--refine"], "val", 3, plain._replace(refine=refined)),
+        (["--student", "--split", "train"], "train", 4, plain),
+        (["--split", "test"], "test", 1, plain),
     ):
-        E.draw_figures(tmp_path, tmp_path)
+        used.clear()
+        result, which = scored(checkpoint, *command), "student" if "--student" in command else "teacher"
+        bias = networks[which].classifier.bias.tolist()
+        assert used == [(bias, protocol)] * count and (result["split"], result["images"]) == (part, count)
+        assert result["network"] == which and result["refine"] == ("--refine" in command)
+        assert (result["eval_mode"], result["crop"], result["tta"]) == protocol[:3] and result["step"] == 7
+        assert 0 <= result["miou"] <= 100 and len(result["iou"]) == len(result["boundary_iou"]) == 11
+        said = capsys.readouterr().out
+        assert f"step 7: {count} {part} images of camvid, {protocol.eval_mode}" in said
+        assert f"pixel accuracy {result['pixel_accuracy']:.2f}" in said
+
+
+def test_only_the_images_to_score_have_to_be_there(saved):
+    checkpoint, root, _ = saved
+    expected = scored(checkpoint)["iou"]
+    (root / "train" / "train0.png").unlink()
+    (root / "trainannot" / "train2.png").unlink()
+    elsewhere = root.rename(root.with_name("moved"))
+    assert scored(checkpoint, "--root", elsewhere)["iou"] == expected
+    assert scored(checkpoint, "--root", elsewhere, "--split", "train")["images"] == 2  # those that have a mask
+    with pytest.raises(InputError, match="camvid under .* has no val images"):
+        scored(checkpoint)
+
+
+def test_the_training_images_of_a_run_that_labels_all_are_scored(saved):
+    checkpoint, root, _ = saved
+    classes = open_dataset("camvid", root, 2).classes
+    write_checkpoint(checkpoint, "camvid", root, classes, [f"train{i}" for i in range(4)])
+    assert scored(checkpoint, "--split", "train")["images"] == 4
+    with pytest.raises(InputError, match="has no unlabeled images"):
+        scored(checkpoint, "--pseudo-labels")
+
+
+def test_pseudo_labels_are_counted_on_the_unlabeled_images(saved, capsys):
+    checkpoint, root, networks = saved
+    report = scored(checkpoint, "--pseudo-labels")
+    data = open_dataset("camvid", root, ["train1", "train3"])
+    figures = E.evaluate_labels(networks["teacher"], data, data.unlabeled, CPU, E.Protocol(), run_arguments(), None)
+    assert {name: report[name] for name in figures} == pytest.approx(figures, abs=1e-3)
+    assert report["images"] == 2 and report["split"] == "unlabeled"
+    assert report["kept_raw"] == pytest.approx(0.6, abs=0.01)
+    assert f"kept_raw {100 * report['kept_raw']:11.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [(), ("--split", "test"), ("--pseudo-labels",)])
+def test_panels_show_unlabeled_images_whatever_is_scored(saved, monkeypatch, options):
+    checkpoint, root, _ = saved
+    shown, panel = [], E.panel
+
+    def watched(network, data, items, *rest):
+        shown.extend(item.id for item in items)
+        return panel(network, data, items, *rest)
+
+    monkeypatch.setattr(E, "panel", watched)
+    scored(checkpoint, "--panels", root.parent / "panels", *options)
+    sheet = Image.open(root.parent / "panels" / "step-000007.png")
+    assert shown == ["train0", "train2"] and sheet.size == (2 + 7 * 162, 2 + 2 * 162)
+
+
+def test_a_folder_of_other_classes_is_refused(tmp_path):
+    root = folder(tmp_path / "mine")
+    names = [f"class {i}" for i in range(3)]
+    write_checkpoint(tmp_path / "last.pth", "folder", root, names, ["photo 0"])
+    assert set(scored(tmp_path / "last.pth")["iou"]) == set(names)
+    (root / "classes.txt").write_text("class 0\nclass 1\nweed\n")
+    with pytest.raises(InputError, match=r"has the classes .*weed.*; expected those of the run, .*class 2"):
+        scored(tmp_path / "last.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--eval-mode", "sliding"], ["--pseudo-labels"]])
+def test_two_processes_score_what_one_does(saved, options):
+    one, file = scored(saved[0], *options), saved[0].parent / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"]
+    command += [str(saved[0]), "--device", "cpu", "--json", str(file), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    two = json.loads(file.read_text())
+    for name in ("iou", "boundary_iou") if "iou" in one else ("kept", "correct_raw", "tp_change"):
+        assert two[name] == pytest.approx(one[name], abs=0.2), name
+
+
+def test_bad_numbers_on_the_command_line_say_what_is_expected(capsys):
+    for options, says in (
+        (["--crop", "0"], "0 is out of range; expected at least 1"),
+        (["--split", "all"], "invalid choice: 'all'"),
+    ):
+        with pytest.raises(SystemExit):
+            E.parse_args(["last.pth", *options])
+        assert says in capsys.readouterr().err
+    share, positive = E.number(float, 0, 1), E.number(float, 0, above=True)
+    assert share("1") == 1 and positive("1e-9") == 1e-9 and share.__name__ == "float"
+    limits = "at least 0 and at most 1"
+    for parse, text, says in ((share, "1.5", limits), (share, "nan", limits), (positive, "0", "more than 0")):
+        with pytest.raises(E.argparse.ArgumentTypeError, match=f"{text} is out of range; expected .*{says}"):
+            parse(text)
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "main, code, said",
+    [
+        (lambda: None, 0, ""),
+        (raises(InputError("found; expected; do")), 1, "train.py: found; expected; do\n"),
+        (raises(InputError("Caught InputError in worker\nTraceback\ndata.InputError: do")), 1, "train.py: do\n"),
+        (raises(OSError(28, "No space left on device")), 1, "train.py: [Errno 28] No space left on device\n"),
+        (raises(SystemExit(143)), 143, ""),
+        (raises(KeyboardInterrupt()), 130, ""),
+    ],
+    ids=["done", "input", "worker", "system", "signal", "Ctrl-C"],
+)
+def test_what_the_user_can_mend_ends_with_its_sentence_and_without_a_traceback(monkeypatch, capsys, main, code, said):
+    monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        E.run_script(main)
+    assert (stop.value.code or 0) == code and capsys.readouterr().err == said
+
+
+def test_what_only_a_bug_can_break_ends_with_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stop:
+        E.run_script(raises(KeyError("bug")))
+    assert stop.value.code == 1 and "Traceback" in capsys.readouterr().err

@@ -19,14 +19,15 @@ def camvid(root, train=6, val=3, size=(64, 48), test=0):
 
 
 def folder(root, images=6, annotated=4, val=2, size=(64, 48), classes=3):
-    """A folder of one's own: images/ in several formats, masks/ of the first ones, val/, classes.txt; stripes of classes."""
+    """A folder of one's own: images/ in several formats, masks/ of the first, val/, classes.txt; stripes of classes."""
+    suffixes = (".jpg", ".png", ".bmp", ".TIFF", ".webp")
     stripes = np.arange(size[0]) * classes // size[0]
     for place, count, masks in ((root, images, annotated), (root / "val", val, val)):
         for i in range(count):
             mask = np.roll(stripes, 3 * i).astype(np.uint8)[None].repeat(size[1], 0)
             pixels = np.stack([mask * 40 + i, 200 - mask * 30, mask * 20], 2)
             (place / "images").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(place / "images" / f"photo {i}{('.jpg', '.png', '.bmp', '.TIFF', '.webp')[i % 5]}")
+            Image.fromarray(pixels).save(place / "images" / f"photo {i}{suffixes[i % 5]}")
             if i < masks:
                 save_mask(mask, place / "masks" / f"photo {i}.png")
     (root / "classes.txt").write_text("".join(f"class {c}\n" for c in range(classes)))
@@ -47,7 +48,7 @@ def write_lists(splits, lists):
 
 
 def pascal(root, splits):
-    """Six fine training images, two of SBD, two for validation, among the odd things that JPEGs can be; lists of 2 and 7."""
+    """Six fine training images, two of SBD, two for validation, odd JPEGs among them; lists of 2 and of 7."""
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
         (root / folder).mkdir(parents=True)
     fine, coarse = [f"2007_00000{i}" for i in range(6)], ["2008_000001", "2008_000002"]
