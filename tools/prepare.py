@@ -1,0 +1,151 @@
+"""Downloads PASCAL VOC 2012, says what to download of Cityscapes, and checks the files of any dataset.
+
+    python tools/prepare.py pascal --root data                               # 2 GB; --sbd: coarse masks too, 1.4 GB
+    python tools/prepare.py cityscapes --root data                           # what to download, and what is there
+    python tools/prepare.py check --dataset pascal --root data --labeled 92  # reads every image and mask in use
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import SBDataset, VOCSegmentation
+from torchvision.datasets.utils import download_and_extract_archive
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import DATASETS, IGNORE, SPLITS, InputError, id_list, labeled_ids, list_cityscapes, list_pascal  # noqa: E402
+from data import open_dataset, read, save_mask  # noqa: E402
+from evaluate import run_script  # noqa: E402
+
+
+def missing_of_pascal(root, sbd):
+    """Ids of the lists whose image or mask is not under the root; coarse masks count only with sbd."""
+    lists = SPLITS / "pascal"
+    try:
+        items = list_pascal(root, lists)
+    except InputError:  # nothing is there yet
+        return id_list(lists / "train.txt")
+    coarse = set() if sbd else set(id_list(lists / "train.txt")) - set(id_list(lists / "1464.txt"))
+    items = [item for item in items["train"] + items["val"] if item.mask or item.id not in coarse]
+    return [item.id for item in items if not (item.image and item.mask)]
+
+
+def pascal(args):
+    """VOC 2012 by torchvision; with --sbd also SegmentationClassAug/, from SBD's MATLAB files."""
+    root = Path(args.root)
+    if args.sbd:
+        try:
+            from scipy.io import loadmat
+        except ImportError as error:
+            raise InputError("--sbd reads MATLAB files, and scipy is not installed; pip install scipy") from error
+    try:
+        if missing_of_pascal(root, sbd=False):
+            VOCSegmentation(root, year="2012", download=True)  # a good archive is not downloaded again
+        if args.sbd and missing_of_pascal(root, sbd=True):
+            download_and_extract_archive(SBDataset.url, root, md5=SBDataset.md5)
+    except (OSError, RuntimeError) as error:  # of the network or the disk, and torchvision's for a bad checksum
+        raise InputError(f"the download to {root} failed ({error}); run the same command again") from error
+    missing = missing_of_pascal(root, sbd=False)
+    if missing:
+        raise InputError(f"{root} lacks files of {len(missing)} images, first {missing[0]}; remove it and start again")
+    folder = list_pascal(root, SPLITS / "pascal")["val"][0].image.parent.parent
+    coarse = missing_of_pascal(root, sbd=True) if args.sbd else []
+    if coarse:
+        print(f"converts {len(coarse)} masks of SBD", flush=True)
+    for id in coarse:
+        mask = loadmat(root / "benchmark_RELEASE" / "dataset" / "cls" / f"{id}.mat")["GTcls"][0]["Segmentation"][0]
+        save_mask(mask, folder / "SegmentationClassAug" / f"{id}.png")
+    print(f"complete: {folder}; the archives in {root} are no longer needed")
+
+
+def cityscapes(args):
+    """What to download, for Cityscapes needs an account, and what is there."""
+    print(
+        "Cityscapes needs an account: https://www.cityscapes-dataset.com/downloads\n"
+        "Download leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB), "
+        f"unpack both into {Path(args.root) / 'cityscapes'}."
+    )
+    try:
+        splits = list_cityscapes(args.root, SPLITS / "cityscapes")
+    except InputError as error:
+        print(f"not there yet: {error}")
+        return
+    for split, items in splits.items():
+        images, masks = (sum(getattr(item, kind) is not None for item in items) for kind in ("image", "mask"))
+        print(f"{split}: {images} images and {masks} masks of {len(items)} are there")
+
+
+def check(args):
+    """Reads every image and mask in use and prints what they hold. Raises InputError after naming what is wrong."""
+    data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())  # all training images are unlabeled
+    labeled = labeled_ids(args.dataset, data.unlabeled, args.labeled, Path(args.splits or SPLITS) / args.dataset)
+    parts = {
+        "labeled": [item for item in data.unlabeled if item.id in labeled],
+        "unlabeled": [item for item in data.unlabeled if item.id not in labeled],
+        "val": data.val,
+        "test": data.test,
+    }
+    sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
+
+    def look(item):
+        """((width, height), pixels of the mask by class), or a sentence."""
+        if item.image is None:
+            return f"image {item.id} is missing"
+        try:
+            image, mask = read(item, data)
+        except InputError as error:
+            return str(error)
+        return image.size, np.array(mask.histogram()) * (item.mask is not None)
+
+    for part, items in parts.items():
+        masks = sum(item.mask is not None for item in items)
+        print(f"{part}: {len(items)} images, {masks} masks{' (none needed)' * (part == 'unlabeled')}", flush=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for item, found in zip(items, pool.map(look, items)):
+                if isinstance(found, str):
+                    problems.append(found)
+                else:
+                    sizes[found[0]] += 1
+                    pixels += found[1]
+                if item.mask is None and part != "unlabeled":
+                    problems.append(f"mask of the {part} image {item.id} is missing")
+    common = [f"{width} x {height} ({count})" for (width, height), count in sizes.most_common(4)]
+    print(f"sizes: {', '.join(common)}{f', and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
+    for value in np.flatnonzero(pixels):
+        name = "ignored" if value == IGNORE else data.classes[value]
+        print(f"{value:4} {name:20} {pixels[value] / pixels.sum():7.2%} of the mask pixels")
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        raise InputError(f"{len(problems)} files are missing or broken, each is named above; add or replace them")
+    print("nothing is missing, nothing is broken")
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (pascal, cityscapes, check):
+        sub = commands.add_parser(command.__name__, description=command.__doc__)
+        sub.set_defaults(command=command)
+        sub.add_argument("--root", default="data", help="folder that holds the dataset; default: data")
+        if command is pascal:
+            sub.add_argument("--sbd", action="store_true", help="SBD's masks too, for 2646 or 5291 labels (scipy)")
+        elif command is check:
+            sub.add_argument("--dataset", choices=DATASETS, required=True)
+            sub.add_argument("--labeled", default="all", help="number of labeled images, a file of their ids, or all")
+            sub.add_argument("--splits", help="folder of published lists; default: the repository's")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Runs one command."""
+    args.command(args)
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))

@@ -1,0 +1,202 @@
+"""The pseudo-labels of a run: how many and how right, raw against refined; Figs. 4, 5 and 6.
+
+    python tools/report.py runs/shapes-24-fixmatch-0                     # of its last.pth
+    python tools/report.py runs/shapes-24-fixmatch-0/best.pth --figures figures --json labels.json
+
+Counts pixels of the unlabeled images whose ground truth is known. The threshold is that of evaluate.py --pseudo-labels,
+chosen from the raw confidence, so refinement may just let more pixels pass. Therefore both are compared at equal
+coverage too: the share of right labels among the surest 20 to 90% of the pixels; "area" is its mean over all coverages.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import IGNORE, InputError, evaluation_loader, open_dataset  # noqa: E402
+from evaluate import Protocol, image_threshold, near_contour, number, predict  # noqa: E402
+from evaluate import refinement_options, run_script  # noqa: E402
+from model import load_checkpoint, load_network, start_processes  # noqa: E402
+from refine import confidence, refine  # noqa: E402
+
+COVERAGES = (20, 40, 60, 80, 90)  # percent
+BINS = 2**15  # of uncertainty, by the upper bits of the float: 1/256 wide, relatively, so that margins of 0.9999 differ
+
+
+def uncertainty(conf, kind, num_classes):
+    """Confidence turned round, 0 (sure) to 1: one minus margin or maximum, or entropy by its largest value."""
+    # Refined probabilities need not sum to 1, so that their entropy may lie outside its range.
+    return (-conf / math.log(num_classes) if kind == "entropy" else 1 - conf).clamp(0, 1)
+
+
+@torch.no_grad()
+def count_labels(network, data, items, device, run, prior, rank=0, world=1):
+    """Pixels of known ground truth, raw and refined: labels (2,C,2,2) by class, kept, right; bins (2,2,2,BINS) by near
+    a contour, right, uncertainty."""
+    classes, kind, options = len(data.classes), run["confidence"], refinement_options(run, prior)
+    labels = torch.zeros(2, classes * 4, dtype=torch.long, device=device)
+    bins = torch.zeros(2, 4 * BINS, dtype=torch.long, device=device)
+    protocol = Protocol(run["eval_mode"], run["crop"])
+    for image, truth in evaluation_loader(data, items, 0, rank, world):
+        truth = truth.to(device)
+        known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
+        prob = predict(network, image.to(device), protocol)
+        threshold = image_threshold(prob, run)
+        for i, p in enumerate((prob, refine(prob, **options))):
+            label, conf = p.argmax(1), confidence(p, kind)
+            right, keep = label == truth, conf > threshold
+            place = (label * 2 + keep) * 2 + right
+            labels[i] += torch.bincount(place[known], minlength=labels.shape[1])
+            place = (near * 2 + right) * BINS + (uncertainty(conf, kind, classes).view(torch.int32) >> 15)
+            bins[i] += torch.bincount(place[known], minlength=bins.shape[1])
+    if world > 1:
+        dist.all_reduce(labels)
+        dist.all_reduce(bins)
+    return labels.view(2, classes, 2, 2).cpu().numpy(), bins.view(2, 2, 2, BINS).cpu().numpy()
+
+
+def coverage_accuracy(counts):
+    """Share of right labels among the surest pixels: {"20", ..., "90" percent of them, "area": 0..1}; {} of no pixels.
+
+    counts (2,BINS): wrong and right pixels by uncertainty. Inside a bin pixels count as equally sure.
+    """
+    if not counts.sum():
+        return {}
+    covered, right = (np.concatenate([[0], part.cumsum()]) / counts.sum() for part in (counts.sum(0), counts[1]))
+    grid = (np.arange(1000) + 0.5) / 1000
+    accuracy = {str(share): float(np.interp(share / 100, covered, right) / (share / 100)) for share in COVERAGES}
+    return accuracy | {"area": float((np.interp(grid, covered, right) / grid).mean())}
+
+
+def summarize(labels, bins, classes):
+    """{"raw" and "refined": {"kept": {class: share of the pixels called so that get a label}, "correct": {class: share
+    of these that are right}, "coverage", "coverage_near_contours": see `coverage_accuracy`}}; None: of no pixels."""
+    report = {}
+    for name, label, one in zip(("raw", "refined"), labels, bins):
+        by_class = dict(zip(classes, label)) | {"together": label.sum(0)}  # (dropped or kept, wrong or right) each
+        report[name] = {
+            "kept": {c: part[1].sum() / part.sum() if part.any() else None for c, part in by_class.items()},
+            "correct": {c: part[1, 1] / part[1].sum() if part[1].any() else None for c, part in by_class.items()},
+            "coverage": coverage_accuracy(one.sum(0)),
+            "coverage_near_contours": coverage_accuracy(one[1]),
+        }
+    return report
+
+
+def table(report):
+    """The report as lines of text, in percent."""
+    lines = []
+    for first, second, *titles in (
+        ("kept", "correct", "pixels called", "given a label", "right, of these"),
+        ("coverage", "coverage_near_contours", "surest pixels", "right", "near contours"),
+    ):
+        width = max(24, *map(len, report["raw"][first]))
+        lines.append(f"{titles[0]:{width}}{titles[1]:>20}{titles[2]:>20}")
+        lines.append(f"{'':{width}}{'raw   refined':>20}{'raw   refined':>20}")
+        for row in report["raw"][first]:
+            values = [report[kind][part].get(row) for part in (first, second) for kind in ("raw", "refined")]
+            shown = ["none" if value is None else f"{100 * value:.2f}" for value in values]
+            name = f"{row}%" if row.isdecimal() and first == "coverage" else row
+            lines.append(f"{name:{width}}" + "".join(f"{value:>10}" for value in shown))
+    return "\n".join(lines)
+
+
+def read_log(run):
+    """The lines of a run's metrics.jsonl about pseudo-labels. Raises InputError where there are none."""
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.is_file() else []  # the last may be cut
+    lines = [line for line in map(json.loads, whole) if "kept" in line]
+    if not lines:
+        raise InputError(f"{metrics} has no step with pseudo-labels; expected the log of a run past its warm-up")
+    return lines
+
+
+def draw_figures(lines, bins, folder):
+    """Figs. 4 and 5 from lines of metrics.jsonl, Fig. 6 from the bins of `count_labels`, as PNG. Returns the files."""
+    from matplotlib.figure import Figure
+
+    def curves(axes, title, keys):
+        """The values of several keys over steps, {legend: key}."""
+        for legend, key in keys.items():
+            there = [line for line in lines if key in line]
+            axes.plot([line["step"] for line in there], [100 * line[key] for line in there], label=legend)
+        axes.set(title=title, xlabel="step", ylabel="% of the pixels")
+        axes.legend()
+
+    figures = [Figure(figsize=(5 * panels, 3.6), layout="constrained") for panels in (2, 1, 1)]
+    left, right = figures[0].subplots(1, 2)
+    curves(left, "given a label", {"refined": "kept", "raw": "kept_raw"})
+    curves(right, "right, of these", {"refined": "correct", "raw": "correct_raw"})
+    curves(figures[1].subplots(), "added by refinement", {"right labels": "tp_change", "wrong labels": "fp_change"})
+    axes, edges = figures[2].subplots(), np.linspace(0, 1, 41)
+    sure = 1 - ((np.arange(BINS, dtype=np.int32) << 15) + (1 << 14)).view(np.float32).clip(0, 1)  # of each bin's middle
+    for legend, counts in (("refined", bins[1]), ("raw", bins[0])):  # the colors of Fig. 4
+        pixels = np.histogram(sure, edges, weights=counts.sum((0, 1)))[0]
+        axes.stairs(100 * pixels / pixels.sum(), edges, label=legend)
+    axes.set(title="confidence", xlabel="unsure to sure", ylabel="% of the pixels", yscale="log")
+    axes.legend()
+    files = [folder / f"fig{number}.png" for number in (4, 5, 6)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure, file in zip(figures, files):
+        figure.savefig(file, dpi=150)
+    return files
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", help="folder of a run, or one of its checkpoints")
+    add("--figures", metavar="DIR", help="also draw Figs. 4, 5 and 6 there; needs matplotlib")
+    add("--json", metavar="FILE", help="also write the numbers there, 0..1")
+    add("--root", help="folder of the dataset; default: the one of the run")
+    add("--limit", type=number(int, 1), help="only so many images, evenly spaced; default: all")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Prints the report of a checkpoint, and draws the figures."""
+    path = Path(args.run) / "last.pth" if Path(args.run).is_dir() else Path(args.run)
+    checkpoint = load_checkpoint(path)
+    run, root = checkpoint["args"], args.root or checkpoint["args"]["root"]
+    if args.figures:  # asked before the work is done
+        lines = read_log(path.parent)
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise InputError("--figures needs matplotlib, which is not installed; pip install matplotlib") from error
+    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], ("unlabeled",))
+    if list(data.classes) != checkpoint["classes"]:
+        raise InputError(f"{root} has the classes {data.classes}; expected the run's, {checkpoint['classes']}")
+    items = [item for item in data.unlabeled if item.mask]
+    if not items:
+        raise InputError(f"no unlabeled image of {data.name} under {root} has a mask; expected some, to compare with")
+    if args.limit and args.limit < len(items):
+        items = [items[i * len(items) // args.limit] for i in range(args.limit)]
+    rank, world, device = start_processes(args.device)
+    network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
+    labels, bins = count_labels(network, data, items, device, run, checkpoint.get("prior"), rank, world)
+    if rank != 0:
+        return
+    report = summarize(labels, bins, data.classes)
+    about = {"checkpoint": str(path), "step": checkpoint["step"], "dataset": data.name, "images": len(items)}
+    threshold = run["threshold"] if run["threshold"] is not None else f"the {run['alpha0']:.0%} quantile of each image"
+    print(f"{path}, step {checkpoint['step']}: {len(items)} unlabeled images of {data.name}, threshold: {threshold}")
+    print(table(report))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(about | report, indent=2) + "\n")
+    for file in draw_figures(lines, bins, Path(args.figures)) if args.figures else ():
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_args()))
