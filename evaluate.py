@@ -239,7 +239,7 @@ def image_threshold(prob, args):
 # panels: Figs. 1, 3 and 7
 
 
-def overlay(image, label, dim=3, opacity=0.8):
+def overlay(image, label, dim=2, opacity=0.65):
     """The image (3,H,W) uint8, its values divided by dim, under the label's colors; 255 shows only the image."""
     present = [c for c in label.unique().tolist() if c != IGNORE]
     if not present:

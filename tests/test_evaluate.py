@@ -371,11 +371,11 @@ def test_an_overlay_shows_the_label_s_colors_and_dims_the_rest():
     image = picture(4, 6)[0]
     label = torch.tensor([[1, 1, 2, 2, 255, 255]], dtype=torch.uint8).expand(4, 6)
     tile = E.overlay(image, label)
-    assert torch.equal(tile[..., 4:], image[..., 4:] // 3)
+    assert (tile[..., 4:].int() - (image[..., 4:] // 2).int()).abs().max() <= 1  # the library rounds blends down
     for c, columns in ((1, slice(0, 2)), (2, slice(2, 4))):
-        mixed = 0.2 * (image[..., columns] // 3) + 0.8 * torch.from_numpy(palette()[c].astype(float))[:, None, None]
+        mixed = 0.35 * (image[..., columns] // 2) + 0.65 * torch.from_numpy(palette()[c].astype(float))[:, None, None]
         assert (tile[..., columns] - mixed).abs().max() <= 1
-    assert torch.equal(E.overlay(image, torch.full((4, 6), 255)), image // 3)
+    assert torch.equal(E.overlay(image, torch.full((4, 6), 255)), image // 2)
     assert torch.equal(E.overlay(image, torch.full((4, 6), 255), dim=1), image)
 
 

@@ -88,8 +88,7 @@ def check(args):
         "labeled": [item for item in data.unlabeled if item.id in labeled],
         "unlabeled": [item for item in data.unlabeled if item.id not in labeled],
         "val": data.val,
-        "test": data.test,
-    }
+    } | ({"test": data.test} if data.test else {})
     sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
 
     def look(item):
