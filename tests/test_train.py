@@ -1,5 +1,6 @@
-"""train.py: the losses, what may and may not reach them, two processes, resuming, and whole runs through the scripts."""
+"""train.py: whole little runs against a plain loop, the losses, two processes, resuming, lengths and presets."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,915 +21,816 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from test_data import camvid
 from torch import nn
+from trees import camvid
 
-import evaluate as E
 import train as T
-from data import Data, InputError, Item, strong_views
-from evaluate import pseudo_label_figures, refinement_options, stop_on_input_error
-from model import DeepLabV3Plus, ema_teacher, resnet
+from data import InputError, TrainingViews, cutmix, generator, normalize, open_dataset, strong_views
+from model import DeepLabV3Plus
 from refine import pseudo_labels
 
 ROOT = Path(__file__).parent.parent
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+TINY = (
+    "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0 "
+    "--workers 0"
+)
 
 
-def arguments(**changes):
-    return SimpleNamespace(
-        **{
-            "framework": "fixmatch",
-            "warmup_steps": 0,
-            "iters": 10,
-            "alpha0": 0.4,
-            "sup_loss": "ce",
-            "lambda_u": 1.0,
-            "cutmix": 0.5,
-        }
-        | changes
+@pytest.fixture(autouse=True)
+def one_thread_and_the_old_signal_handlers():
+    """One thread sums in one order; main() takes both signals over."""
+    handlers, threads = (
+        {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)},
+        torch.get_num_threads(),
     )
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def little_batch(batch=4, size=12, classes=3, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    images = {
-        name: torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=rng)
-        for name in ("x", "weak", "strong")
-    }
-    labels = {
-        name: torch.randint(0, classes, (batch, size, size), dtype=torch.uint8, generator=rng)
-        for name in ("y", "truth")
-    }
-    labels["y"][0, :5] = 255
-    return images | labels | {"valid": torch.rand(batch, size, size, generator=rng) < 0.9}
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return camvid(tmp_path_factory.mktemp("data") / "camvid")
 
 
-class Coarse(nn.Module):
-    """A network that decides on a coarser grid, as DeepLabV3Plus does."""
+@pytest.fixture
+def run(tmp_path, root):
+    """A function: a run with some options in this process, which is faster than a script; returns last.pth."""
 
-    def __init__(self, classes):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+    def start(options="", out="run"):
+        T.main(T.parse_args(f"{TINY} --device cpu --root {root} --out {tmp_path / out} {options}".split()))
+        return torch.load(tmp_path / out / "last.pth", weights_only=True)
 
-    def forward(self, x, upsample=True):
-        logits = self.layers(x)
-        return nn.functional.interpolate(logits, x.shape[-2:], mode="bilinear") if upsample else logits
+    return start
 
 
-def networks(seed=0, classes=3):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, root):
+    """The folder of a run of four steps, which no test may change."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    T.main(
+        T.parse_args(f"{TINY} --device cpu --root {root} --iters 4 --log-every 1 --eval-every 1 --out {out}".split())
+    )
+    return out
+
+
+def lines(out, event="train"):
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["event"] == event]
+
+
+def equal(one, two):
+    """Whether two checkpoints hold the same weights, bit for bit."""
+    return all(torch.equal(one[part][name], two[part][name]) for part in ("student", "teacher") for name in one[part])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the reference
+
+
+def mean_over_labeled(logits, label):
+    labeled, own = (
+        label != 255,
+        logits.log_softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0],
+    )
+    return -(own * labeled).sum() / labeled.sum()
+
+
+def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
+    """(student, teacher) after a run without options, its formulas written out."""
+    views = TrainingViews(open_dataset("camvid", root, 2), 32, framework, seed)
     torch.manual_seed(seed)
-    return [Coarse(classes) for _ in range(2)]
+    student = DeepLabV3Plus("resnet10", 11).to(memory_format=torch.channels_last).train()
+    teacher = copy.deepcopy(student).eval()
+    encoder, head = [], []
+    for name, parameter in student.named_parameters():
+        (encoder if name.startswith("backbone.") else head).append(parameter)
+    optimizer = torch.optim.SGD([{"params": encoder}, {"params": head}], momentum=0.9, weight_decay=5e-4)
+    for step in range(steps):
+        numbers = range(step * batch, (step + 1) * batch)
+        samples = [views[number] for number in numbers]
+        x, y, weak, valid = (torch.stack([sample[name] for sample in samples]) for name in ("x", "y", "weak", "valid"))
+        rng = generator(seed, "step", step, 0)
+        torch.manual_seed(int(rng.integers(2**63)))
+        for group, base in zip(optimizer.param_groups, (0.02, 0.01)):
+            group["lr"] = base * (1 - step / steps) ** 0.9
+        if step < warmup:
+            loss = mean_over_labeled(student(normalize(x)), y)
+        else:
+            with torch.no_grad():
+                prob = teacher(normalize(weak)).softmax(1)
+            label = pseudo_labels(prob, 0.4 * (1 - step / steps), valid=valid).label
+            strong = strong_views(weak, seed, numbers) if framework == "fixmatch" else weak
+            strong, target = cutmix(rng, 0.5, normalize(strong), label)
+            logits = student(torch.cat([normalize(x), strong]))
+            loss = mean_over_labeled(logits[:batch], y) + 0.5 * mean_over_labeled(logits[batch:], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        updates = max(0, step - warmup)
+        tau = min(1 - 1 / (updates + 1), 0.99)
+        for theirs, ours in zip(teacher.state_dict().values(), student.state_dict().values()):
+            if theirs.is_floating_point():
+                theirs.lerp_(ours, 1 - tau)
+    return student, teacher
 
 
-def losses(batch, step=3, options=None, **changes):
-    student, teacher = networks()
-    loss, log = T.training_losses(
-        student, teacher, batch, step, arguments(**changes), options or {}, np.random.default_rng(0)
+@pytest.mark.parametrize("framework", ["fixmatch", "cutmixseg"])
+def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
+    saved = run(
+        f"--framework {framework} --iters 16 --warmup-iters 4 --seed 7 --lambda-u 0.5 --optimizer sgd --lr 0.02 "
+        "--head-lr 0.01 --weight-decay 0.0005"
     )
-    loss.backward()
-    return loss.item(), [p.grad.clone() for p in student.parameters()], log
+    for part, network in zip(("student", "teacher"), plain_loop(root, framework)):
+        for name, expected in network.state_dict().items():
+            assert torch.equal(saved[part][name], expected) or not expected.is_floating_point(), (part, name)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.SHAPES_VAL", 2)  # they are drawn after the training images
+        open_dataset("shapes", root, 24)
+    return root
+
+
+RECORDED = {  # mean loss_x of the steps 1-4; loss_x, loss_u of 5-8; sum of |change| of student and teacher
+    "fixmatch": ((1.8340, 1.3035, 0.8933), (4666.7, 3713.2)),
+    "cutmixseg": ((1.8340, 1.2457, 0.8688), (4690.9, 3732.1)),
+}
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="recorded where random weights are made by AVX2",
+)
+@pytest.mark.parametrize("framework", RECORDED)
+def test_sixteen_steps_end_in_the_recorded_weights(tmp_path, shapes, framework):
+    # Recorded before the code was redesigned, which left them the same bit for bit. They change with a CPU's rounding,
+    # by four thousandths so far; the exact test is the one above.
+    options = f"--root {shapes} --iters 16 --warmup-iters 4 --log-every 4 --eval-every 99 --workers 0 --device cpu"
+    T.main(T.parse_args([*options.split(), "--framework", framework, "--out", str(tmp_path)]))
+    losses, moved = RECORDED[framework]
+    first, second = lines(tmp_path)[:2]
+    assert (first["loss_x"], second["loss_x"], second["loss_u"]) == pytest.approx(losses, rel=1e-2)
+    torch.manual_seed(0)
+    begin = DeepLabV3Plus("resnet10", 7).state_dict()
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)
+    for part, expected in zip(("student", "teacher"), moved):
+        change = sum(
+            (saved[part][name].double() - begin[name].double()).abs().sum() for name in begin if "num_" not in name
+        )
+        assert change.item() == pytest.approx(expected, rel=1e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the losses
 
 
 def test_the_learning_rate_is_the_paper_s_power_of_what_is_left():
-    assert [T.learning_rate(step, 100, 0.01) for step in (0, 50, 99)] == pytest.approx(
-        [0.01, 0.01 * 0.5**0.9, 0.01 * 0.01**0.9]
-    )
+    rates = [T.learning_rate(step, 100, 0.01) for step in (0, 50, 99)]
+    assert rates == pytest.approx([0.01, 0.01 * 0.5**0.9, 0.01 * 0.01**0.9])
 
 
-def test_cross_entropy_is_the_mean_over_labeled_pixels():
-    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+def test_cross_entropy_is_the_mean_over_labeled_pixels_and_others_get_no_gradient():
+    logits, label = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
     label[0, :2] = 255
-    expected = -logits.log_softmax(1).gather(1, label.clamp(max=2)[:, None])[:, 0][label != 255].mean()
-    assert T.cross_entropy(logits, label).item() == pytest.approx(expected.item(), rel=1e-5)
+    loss = T.cross_entropy(logits, label, T.count(label != 255))
+    assert T.count(label != 255) == 24 and loss.item() == pytest.approx(
+        mean_over_labeled(logits, label).item(), rel=1e-5
+    )
+    loss.backward()
+    assert (logits.grad[0, :, :2] == 0).all() and (logits.grad[0, :, 2:] != 0).all()
 
 
-def test_the_loss_on_the_network_s_own_grid_is_that_of_full_size_logits():
-    batch = little_batch()
-    label, (student, _) = batch["y"].long(), networks()
-    x = batch["x"].float() / 255
-    whole = nn.functional.cross_entropy(student(x), label, ignore_index=255)
-    expected = torch.autograd.grad(whole, list(student.parameters()))
-    coarse = T.supervised_loss(student(x, upsample=False), batch["y"], "ce")
-    assert coarse.item() == pytest.approx(whole.item(), rel=1e-5)
-    for one, two in zip(torch.autograd.grad(coarse, list(student.parameters())), expected):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
-    logits = student(x, upsample=False)
-    full = nn.functional.interpolate(logits, label.shape[-2:], mode="bilinear")
-    for sure in (0.34, 0.4):
-        assert torch.equal(T.hard_pixels(logits, batch["y"], sure, 3), T.hard_pixels(full, batch["y"], sure, 3))
+def test_the_unlabeled_loss_is_divided_by_the_kept_pixels_or_all_valid_ones_or_as_the_authors_do(run, tmp_path):
+    first = {}
+    for norm in ("kept", "valid", "authors"):
+        run(f"--iters 1 --log-every 1 --cutmix 0 --unsup-norm {norm}", out=norm)
+        first[norm] = lines(tmp_path / norm)[0]
+    kept = first["kept"]["kept"]  # share of the valid pixels
+    assert 0.3 < kept < 0.99 and first["kept"]["loss_x"] == first["valid"]["loss_x"]
+    assert first["valid"]["loss_u"] == pytest.approx(first["kept"]["loss_u"] * kept, rel=1e-5)
+    assert first["authors"]["loss_u"] == pytest.approx(first["kept"]["loss_u"] / kept, rel=1e-5)
 
 
 def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
     torch.manual_seed(0)
     logits, label = 4 * torch.randn(2, 5, 9, 9), torch.randint(0, 5, (2, 9, 9), dtype=torch.uint8)
     label[0, :3] = 255
-    prob = logits.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
-    valid = label != 255
+    own = label.clamp(max=4).long()[:, None]
+    prob, labeled = logits.softmax(1).gather(1, own)[:, 0], label != 255
     mined = T.hard_pixels(logits, label, per_image=1)
-    assert torch.equal(mined != 255, valid & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
-    sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(label.clamp(max=4).long(), 5).movedim(-1, 1)
-    kept = T.hard_pixels(sure, label, per_image=5) != 255
-    confidence = sure.softmax(1).gather(1, label.clamp(max=4).long()[:, None])[:, 0]
-    assert (
-        kept.sum() >= 10 and confidence[kept].max() <= confidence[valid & ~kept].min() and confidence[valid].min() > 0.7
-    )
+    assert torch.equal(mined != 255, labeled & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
+    sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(own[:, 0], 5).movedim(-1, 1)
+    prob, kept = sure.softmax(1).gather(1, own)[:, 0], T.hard_pixels(sure, label, per_image=5) != 255
+    assert kept.sum() == 10 and prob[kept].max() <= prob[labeled & ~kept].min() and prob[labeled].min() > 0.7
     assert torch.equal(T.hard_pixels(sure, label, per_image=1000), label)  # more than there are: all of them
 
 
-def test_hard_example_mining_changes_the_supervised_loss_alone():
-    batch = little_batch()
-    plain, mined = (losses(batch, sup_loss=kind)[2]["losses"] for kind in ("ce", "ohem"))
-    assert plain[2] == mined[2]
-    logits = torch.randn(1, 3, 400, 400)  # more pixels than the hardest hundred thousand
-    label = logits.argmax(1)
-    assert T.supervised_loss(logits, label, "ohem") > T.supervised_loss(logits, label, "ce")
+def test_hard_example_mining_changes_only_the_supervised_loss(run, tmp_path, monkeypatch):
+    hard_pixels = T.hard_pixels
+    monkeypatch.setattr(T, "hard_pixels", lambda logits, label: hard_pixels(logits, label, sure=0, per_image=50))
+    for kind in ("ce", "ohem"):
+        run(f"--iters 1 --log-every 1 --sup-loss {kind}", out=kind)
+    plain, mined = (lines(tmp_path / kind)[0] for kind in ("ce", "ohem"))
+    assert plain["loss_u"] == mined["loss_u"] and mined["loss_x"] > 1.05 * plain["loss_x"]
 
 
-def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on():
-    loss, gradients, log = losses(little_batch(), options={"threshold": 2.0})
-    assert log["losses"][2] == 0 and loss == log["losses"][1].item() > 0 and all(g.isfinite().all() for g in gradients)
-    nothing = little_batch()
-    nothing["y"].fill_(255)
-    loss, gradients, _ = losses(nothing, options={"threshold": 2.0})
-    assert loss == 0 and all((g == 0).all() for g in gradients)
+def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on(run, tmp_path):
+    tree = camvid(tmp_path / "camvid")
+    for mask in (tree / "trainannot").iterdir():
+        Image.fromarray(np.full((48, 64), 255, np.uint8)).save(mask)
+    saved = run(f"--root {tree} --iters 3 --log-every 1 --threshold 2")
+    assert [(record["loss_x"], record["loss_u"], record["kept"]) for record in lines(tmp_path / "run")] == [
+        (0, 0, 0)
+    ] * 3
+    assert all(value.isfinite().all() for value in saved["student"].values())
 
 
-def test_the_truth_of_unlabeled_images_never_reaches_the_loss():
-    batch = little_batch()
-    other = batch | {"truth": (batch["truth"] + 1) % 3}
-    absent = {name: value for name, value in batch.items() if name != "truth"}
-    results = [losses(b)[:2] for b in (batch, other, absent)]
-    for loss, gradients in results[1:]:
-        assert loss == results[0][0] and all(map(torch.equal, gradients, results[0][1]))
+def test_ground_truth_of_unlabeled_images_never_reaches_the_loss(run, tmp_path):
+    (tmp_path / "two.txt").write_text("train0\ntrain3\n")
+    changes, saved = (lambda mask: None, Path.unlink, lambda mask: Image.new("L", (64, 48), 5).save(mask)), []
+    for number, change in enumerate(changes):
+        tree = camvid(tmp_path / f"camvid{number}")
+        for mask in (tree / "trainannot").iterdir():
+            if mask.stem not in ("train0", "train3"):
+                change(mask)
+        saved.append(run(f"--root {tree} --labeled {tmp_path / 'two.txt'} --iters 4 --log-every 2", out=f"run{number}"))
+    assert equal(saved[0], saved[1]) and equal(saved[0], saved[2])
+    right = [lines(tmp_path / f"run{number}")[0].get("correct") for number in range(3)]
+    assert right[0] != right[2] and right[1] is None  # the figures did see it
 
 
-def test_ignored_and_padded_pixels_never_reach_the_loss():
-    batch = little_batch()
-    batch["valid"][:] = True
-    batch["valid"][:, :, 6:] = False
-    student, teacher = networks()
-    _, log = T.training_losses(student, teacher, batch, 3, arguments(cutmix=0.0), {}, np.random.default_rng(0))
-    assert (log["pseudo"].label[:, :, 6:] == 255).all() and not log["pseudo"].keep[:, :, 6:].any()
-    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    label = torch.zeros(1, 4, 4, dtype=torch.long)
-    label[0, 2] = 255
-    T.cross_entropy(logits, label).backward()
-    assert (logits.grad[0, :, 2] == 0).all() and (logits.grad[0, :, 1] != 0).any()
+def test_padded_pixels_are_never_trained_on(run, monkeypatch):
+    seen = []
+
+    def watched(rng, probability, strong, label, valid):
+        seen.append((~valid).sum().item())
+        assert (label[~valid] == 255).all() and (label != 255).any()
+        return cutmix(rng, probability, strong, label, valid)
+
+    monkeypatch.setattr(T, "cutmix", watched)
+    run("--crop 64 --iters 3 --confidence max --threshold 0")  # every valid pixel is kept
+    assert len(seen) == 3 and min(seen) > 0
 
 
-def test_the_frameworks_differ_in_their_strong_view_alone():
-    batch = little_batch()
-    same = batch | {"strong": batch["weak"]}
-    assert losses(batch, framework="cutmixseg")[0] == losses(same, framework="fixmatch")[0] != losses(batch)[0]
-    loss, _, log = losses(batch, framework="supervised")
-    assert log["losses"].tolist() == [loss, loss, 0] and "pseudo" not in log
-    assert losses(batch, warmup_steps=4)[0] == loss != losses(batch, warmup_steps=3)[0]
+def test_the_frameworks_differ_only_in_their_strong_view(run, monkeypatch):
+    fixmatch, cutmixseg = (run(f"--iters 2 --framework {name}", out=name) for name in ("fixmatch", "cutmixseg"))
+    monkeypatch.setattr(T, "strong_views", lambda weak, seed, numbers: weak)
+    assert equal(run("--iters 2", out="weak"), cutmixseg) and not equal(fixmatch, cutmixseg)
 
 
-def test_the_teacher_receives_no_gradient_and_lambda_weighs_the_unlabeled_loss():
-    student, teacher = networks()
-    loss, log = T.training_losses(
-        student, teacher, little_batch(), 3, arguments(lambda_u=0.25), {}, np.random.default_rng(0)
-    )
-    loss.backward()
-    assert all(p.grad is None for p in teacher.parameters())
-    assert loss.item() == log["losses"][0] == pytest.approx((log["losses"][1] + 0.25 * log["losses"][2]).item())
-
-
-def test_figures_count_kept_and_correct_with_and_without_refinement():
-    prob = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.45, 0.55], [0.2, 0.8]]).T.view(1, 2, 2, 2)
-    batch = {
-        "valid": torch.ones(1, 2, 2, dtype=torch.bool),
-        "truth": torch.tensor([[[0, 255], [0, 1]]], dtype=torch.uint8),
-    }
-    pseudo = pseudo_labels(prob, None, threshold=0.05)
-    figures = pseudo_label_figures(prob, pseudo, batch, {})
-    margins = (prob[0, 0] - prob[0, 1]).abs().flatten()
-    expected = np.histogram(margins, bins=20, range=(0, 1))[0] / 4
-    assert figures["histogram_raw"] == pytest.approx(expected.tolist()) and sum(figures["histogram"]) == pytest.approx(
-        1
-    )
-    raw_keep, keep = torch.tensor([True, False, True, True]), pseudo.keep.flatten()
-    right = (pseudo.label.flatten() == batch["truth"].flatten()) & keep
-    judged = keep & torch.tensor([True, False, True, True])
-    assert figures["kept_raw"] == raw_keep.float().mean().item() and figures["kept"] == keep.float().mean().item()
-    assert figures["correct_raw"] == pytest.approx(2 / 3) and figures["correct"] == pytest.approx(
-        (right.sum() / judged.sum()).item()
-    )
-    assert figures["tp_change"] == pytest.approx((right.sum().item() - 2) / 3)
-    assert figures["fp_change"] == pytest.approx(((judged.sum() - right.sum()).item() - 1) / 3)
-
-
-def _gradients_of_one_process(rank, world, path, batch, queue):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    student, teacher = networks()
-    student = nn.parallel.DistributedDataParallel(student)
-    share = {name: value.chunk(world)[rank] for name, value in batch.items()}
-    loss, log = T.training_losses(student, teacher, share, 3, arguments(cutmix=0.0), {}, np.random.default_rng(0))
-    loss.backward()
-    total = loss.detach() / world
-    dist.all_reduce(total)
-    queue.put((rank, total.item(), [p.grad.numpy() for p in student.parameters()]))
-    del student, loss, log  # gloo hangs where the group goes before what uses it
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_loss_and_gradient_of_one_with_the_whole_batch(tmp_path):
-    batch = little_batch()
-    batch["y"][0] = 255  # so that the processes hold very different numbers of labeled pixels
-    batch["valid"][1, :8] = False
-    loss, gradients, _ = losses(batch, cutmix=0.0)
-    queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(_gradients_of_one_process, (2, tmp_path / "store", batch, queue), nprocs=2, join=False)
-    results = [queue.get() for _ in range(2)]
-    while not context.join():
-        pass
-    for _, total, grads in results:
-        assert total == pytest.approx(loss, rel=1e-5)
-        for one, two in zip(gradients, grads):
-            torch.testing.assert_close(torch.from_numpy(two), one, rtol=1e-4, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# through the command line
-
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-TINY = ["--crop", "32", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--backbone", "resnet10"]
-
-
-def script(name, *arguments, launcher=(), check=True, cwd=None):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def run(out, *arguments):
-    """A run in this process, which is faster than a script."""
-    torch.set_num_threads(1)
-    T.train(T.Run(T.parse_args([*TINY, "--out", str(out), *map(str, arguments)])))
-    return torch.load(out / "last.pth", weights_only=True)
-
-
-def lines(out, event):
-    return [
-        record
-        for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        if record["event"] == event
+def test_steps_of_the_warm_up_are_those_of_a_supervised_run(run, tmp_path):
+    run("--iters 4 --log-every 1 --framework supervised", out="supervised")
+    run("--iters 4 --log-every 1 --warmup-iters 3", out="warm")
+    supervised, warm = (lines(tmp_path / out) for out in ("supervised", "warm"))
+    assert [r["loss"] for r in supervised[:3]] == [r["loss"] for r in warm[:3]] and supervised[3]["loss"] != warm[3][
+        "loss"
     ]
+    assert ["kept" in r for r in warm] == [False, False, False, True] and not any("kept" in r for r in supervised)
 
 
-@pytest.fixture(scope="module")
-def camvid_root(tmp_path_factory):
-    return camvid(tmp_path_factory.mktemp("data") / "camvid", train=6, val=3, size=(64, 48))
-
-
-def test_train_evaluate_and_panels_end_to_end(tmp_path, camvid_root):
-    out = tmp_path / "run"
-    done = script(
-        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 4, "--warmup-epochs", 1,
-        "--log-every", 1, "--eval-every", 1, "--out", out, "--prior",
-    )  # fmt: skip
-    assert "step 4/4" in done.stdout and "mIoU" in done.stdout
-    first, last = lines(out, "train")[0], lines(out, "train")[-1]
-    assert (
-        len(lines(out, "train")) == 4
-        and "kept" not in first
-        and {"loss_u", "threshold", "kept", "correct", "tp_change"} <= set(last)
-    )
-    assert {"args.json", "metrics.jsonl", "last.pth", "best.pth", "panels"} == {path.name for path in out.iterdir()}
-    assert sorted(path.name for path in (out / "panels").iterdir()) == ["step-000002.png", "step-000004.png"]
-    assert json.loads((out / "args.json").read_text())["torch"] == torch.__version__
-
-    done = script(
-        "evaluate.py",
-        out / "last.pth",
-        "--json",
-        tmp_path / "scores.json",
-        "--panels",
-        tmp_path / "panels",
-        "--device",
-        "cpu",
-    )
-    result = json.loads((tmp_path / "scores.json").read_text())
-    assert result["miou"] == pytest.approx(lines(out, "val")[-1]["miou"]) and len(result["iou"]) == 11
-    assert list((tmp_path / "panels").iterdir()) and "pixel accuracy" in done.stdout
-    assert 0 <= result["boundary_miou"] <= 100 and result["eval_mode"] == "original" and not result["refine"]
-    two = script(
-        "evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu",
-        launcher=TWO_PROCESSES,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(result["iou"]), two.stderr
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, camvid_root):
-    """The last checkpoint of a short run."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    options = ["--labeled", 2, "--iters", 3, "--warmup-epochs", 0, "--log-every", 1]
-    run(out, "--dataset", "camvid", "--root", camvid_root, *options)
-    return out / "last.pth"
-
-
-def scored(tmp_path, checkpoint, *options):
-    E.main([str(checkpoint), "--device", "cpu", "--json", str(tmp_path / "scores.json"), *options])
-    return json.loads((tmp_path / "scores.json").read_text())
-
-
-def test_every_protocol_of_evaluation_runs_through_the_command_line(tmp_path, monkeypatch, finished):
-    used, predict, load_model = [], E.predict, E.load_model
+def test_lambda_weighs_the_unlabeled_loss_and_zero_trains_on_labels_only(run, tmp_path, monkeypatch):
+    run("--iters 1 --log-every 1 --lambda-u 0.25", out="quarter")
+    first = lines(tmp_path / "quarter")[0]
+    assert first["loss"] == pytest.approx(first["loss_x"] + 0.25 * first["loss_u"]) and first["loss_u"] > 0
+    other = run("--iters 2 --lambda-u 0", out="zero")
     monkeypatch.setattr(
-        E, "predict", lambda model, image, protocol: used.append(protocol) or predict(model, image, protocol)
+        T, "pseudo_labels", lambda prob, alpha, **options: pseudo_labels(1 - prob, None, threshold=-1.0)
     )
-    monkeypatch.setattr(E, "load_model", lambda *args: used.append(args[2]) or load_model(*args))
-    plain, options = (
-        E.Protocol("original", 32),
-        refinement_options(json.loads((finished.parent / "args.json").read_text())),
-    )
-    for command, protocol in (
-        ([], plain),
-        (["--eval-mode", "sliding", "--crop", "40"], plain._replace(eval_mode="sliding", crop=40)),
-        (["--eval-mode", "center-crop"], plain._replace(eval_mode="center-crop")),
-        (["--tta"], plain._replace(tta=True)),
-        (["--refine"], plain._replace(refine=E.options_of_refine(options))),
-        (["--student", "--split", "train"], plain),
-    ):
-        used.clear()
-        result = scored(tmp_path, finished, *command)
-        assert used[0] == result["network"] == ("student" if "--student" in command else "teacher")
-        assert used[1:] == [protocol] * result["images"] and result["images"] == (6 if "train" in command else 3)
-        assert result["split"] == ("train" if "train" in command else "val") and result["refine"] == (
-            "--refine" in command
-        )
-        assert 0 <= result["miou"] <= 100 and (result["eval_mode"], result["crop"], result["tta"]) == protocol[:3]
-    with pytest.raises(InputError, match="camvid has no test images; expected another --split"):
-        scored(tmp_path, finished, "--split", "test")
-    with pytest.raises(SystemExit):
-        scored(tmp_path, finished, "--pseudo-labels", "--refine")
-
-
-def test_the_report_on_pseudo_labels_runs_through_the_command_line_and_over_processes(tmp_path, finished, capsys):
-    report = scored(tmp_path, finished, "--pseudo-labels")
-    assert (
-        report["raw"]["kept"]["all"] == pytest.approx(0.6) and report["images"] == 4 and report["split"] == "unlabeled"
-    )
-    said = capsys.readouterr().out
-    assert "threshold: the 40% quantile" in said and "the same near contours" in said
-    script(
-        "evaluate.py", finished, "--pseudo-labels", "--json", tmp_path / "two.json", "--device", "cpu",
-        launcher=TWO_PROCESSES,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "two.json").read_text())["refined"] == report["refined"]
-
-
-def test_two_processes_train_and_evaluate_together(tmp_path, camvid_root):
-    script(
-        "train.py", *TINY, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 3, "--eval-every", 1, "--warmup-epochs", 1,
-        "--out", tmp_path / "run", launcher=TWO_PROCESSES,
-    )  # fmt: skip
-    record = lines(tmp_path / "run", "train")[-1]
-    assert record["step"] == 3 and math.isfinite(record["loss"]) and len(lines(tmp_path / "run", "val")) == 3
+    assert equal(other, run("--iters 2 --lambda-u 0", out="wrong"))
 
 
 @pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch"])
 @pytest.mark.parametrize("refinement", ["--refinement", "--no-refinement"])
-def test_every_framework_trains_with_and_without_refinement(tmp_path, monkeypatch, framework, refinement):
-    monkeypatch.setattr("data.SHAPES_VAL", 2)
-    run(tmp_path, "--framework", framework, refinement, "--iters", 2, "--warmup-epochs", 0, "--log-every", 1)
-    last = lines(tmp_path, "train")[-1]
+def test_every_framework_trains_with_and_without_refinement(run, tmp_path, framework, refinement):
+    run(f"--framework {framework} {refinement} --iters 2 --log-every 1")
+    last = lines(tmp_path / "run")[-1]
     assert math.isfinite(last["loss"]) and ("kept" in last) == (framework != "supervised")
     assert framework == "supervised" or (last["kept"] == last["kept_raw"]) == (refinement == "--no-refinement")
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ["--neighborhood", "cross"], ["--neighborhood", "7", "--neighbors", "2"], ["--select", "min"], ["--select", "random"], ["--dilation", "4"],
-        ["--no-distance-weight"], ["--prior"], ["--confidence", "max"], ["--confidence", "entropy"], ["--threshold", "0.1"], ["--output-stride", "8"],
-    ],
-)  # fmt: skip
-def test_every_option_of_the_method_trains(tmp_path, monkeypatch, option):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0, *option)
-    assert math.isfinite(lines(tmp_path, "train")[-1]["loss"])
+@pytest.mark.parametrize("options", [
+    "--neighborhood cross", "--neighborhood 7 --neighbors 2", "--select min", "--select random", "--dilation 4",
+    "--no-distance-weight", "--prior", "--confidence max", "--confidence entropy", "--threshold 0.01",
+    "--output-stride 8", "--amp", "--deterministic", "--ema 0", "--eval-mode sliding", "--eval-mode center-crop", "--sup-loss ohem",
+    "--labeled 1 --batch-size 8", "--batch-size 1",
+])  # fmt: skip
+def test_every_option_trains(run, tmp_path, options):
+    run(f"--iters 2 {options}")
+    torch.use_deterministic_algorithms(False)
+    assert all(math.isfinite(record["loss"]) for record in lines(tmp_path / "run"))
 
 
-def equal_states(one, two):
-    return all(torch.equal(one[part][name], two[part][name]) for part in ("student", "teacher") for name in one[part])
+@pytest.mark.slow
+def test_compiled_networks_train_the_same(run, tmp_path):
+    run("--iters 2 --log-every 1", out="plain")
+    run("--iters 2 --log-every 1 --compile", out="compiled")
+    plain, compiled = ([record["loss"] for record in lines(tmp_path / out)] for out in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=5e-2)  # dropout takes other random numbers
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["after an evaluation", "inside one"])
-def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(tmp_path, monkeypatch, camvid_root, inside):
-    common = [
-        "--dataset",
-        "camvid",
-        "--root",
-        camvid_root,
-        "--labeled",
-        2,
-        "--iters",
-        5,
-        "--warmup-epochs",
-        1,
-        "--eval-every",
-        1,
-    ]
-    whole = run(tmp_path / "whole", *common)
-    original, evaluated = T.evaluate, []
+@pytest.mark.slow
+def test_loader_workers_may_be_spawned_as_on_a_mac(run):
+    before = mp.get_start_method()
+    mp.set_start_method("spawn", force=True)
+    try:
+        assert run("--iters 2 --workers 1")["step"] == 2
+    finally:
+        mp.set_start_method(before, force=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# two processes
+
+
+def little_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+
+def little_losses(network, batch):
+    """Eq. 1 as train.py computes it; network without BatchNorm and dropout, which look at their own process only."""
+    logits_x, logits_u = network(torch.cat([batch["x"], batch["u"]])).chunk(2)
+    loss_x = T.cross_entropy(logits_x, batch["y"], T.count(batch["y"] != 255))
+    return loss_x + 0.5 * T.cross_entropy(logits_u, batch["label"], T.count(batch["label"] != 255))
+
+
+def one_of_two(rank, store, batch, queue):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    network = nn.parallel.DistributedDataParallel(little_network())
+    loss = little_losses(network, {name: value.chunk(2)[rank] for name, value in batch.items()})
+    loss.backward()
+    queue.put((loss.item(), [parameter.grad.numpy() for parameter in network.parameters()]))
+    del network, loss  # gloo hangs if the group goes before what uses it
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_and_gradient_of_one_with_the_whole_batch(tmp_path):
+    batch = {name: torch.randn(4, 3, 12, 12) for name in ("x", "u")}
+    batch |= {name: torch.randint(0, 3, (4, 12, 12)) for name in ("y", "label")}
+    batch["y"][0], batch["label"][1, :8] = 255, 255  # so that the processes hold different numbers of labeled pixels
+    network = little_network()
+    whole = little_losses(network, batch)
+    whole.backward()
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(one_of_two, (tmp_path / "store", batch, queue), nprocs=2, join=False)
+    results = [queue.get() for _ in range(2)]
+    while not context.join():
+        pass
+    assert sum(loss for loss, _ in results) / 2 == pytest.approx(whole.item(), rel=1e-5)
+    for _, gradients in results:
+        for gradient, parameter in zip(gradients, network.parameters()):
+            torch.testing.assert_close(torch.from_numpy(gradient), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def script(name, options, launcher=(), cwd=None):
+    """Runs a script to its end."""
+    command = [sys.executable, *launcher, str(ROOT / name), *options.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_together(tmp_path, root):
+    out, options = tmp_path / "run", "--iters 4 --warmup-iters 1 --log-every 1 --eval-every 1"
+    said = script("train.py", f"{TINY} --device cpu --root {root} --out {out} {options}", TWO_PROCESSES)
+    assert said.count("step 4/4") == 2 and "on 2 x CPU" in said
+    assert [record["step"] for record in lines(out)] == [1, 2, 3, 4] == [record["step"] for record in lines(out, "val")]
+    saved = torch.load(out / "last.pth", weights_only=True)
+    assert saved["args"]["processes"] == 2 and all(value.isfinite().all() for value in saved["student"].values())
+    tables = [script("evaluate.py", f"{out / 'last.pth'} --device cpu", launcher) for launcher in ((), TWO_PROCESSES)]
+    assert tables[0] == tables[1] and f"{lines(out, 'val')[-1]['miou']:8.2f}" in tables[0]
+    again = tmp_path / "again"
+    script("train.py", f"{TINY} --device cpu --root {root} --out {again} {options}", TWO_PROCESSES)
+    assert equal(saved, torch.load(again / "last.pth", weights_only=True))
+
+
+@pytest.mark.slow
+def test_processes_that_find_different_checkpoints_say_so(tmp_path, root):
+    options = f"{TINY} --device cpu --root {root} --iters 4 --resume --out run"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    script("train.py", options, TWO_PROCESSES, cwd=tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *options.split()], cwd=tmp_path / folder, stderr=subprocess.PIPE,
+            env=ENVIRONMENT | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank, folder in enumerate(("one", "two"))
+    ]  # fmt: skip
+    for process in processes:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and "--resume: the processes find different checkpoints in run" in said, said
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("stop", ["in an evaluation", "in an evaluation, saved since", "by a signal"])
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monkeypatch, capsys, stop):
+    options = "--iters 6 --warmup-iters 1 --eval-every 1 --prior --log-every 1"
+    whole = run(options, out="whole")
+    evaluate, evaluated = T.evaluate, []
 
     def die(*args):
-        evaluated.append(None if inside and evaluated else original(*args))
+        evaluated.append(1)
         if len(evaluated) == 2:
             raise KeyboardInterrupt
-        return evaluated[-1]
+        return evaluate(*args)
+
+    def signaled(step, *args, sample_numbers=T.sample_numbers):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample_numbers(step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(T, "evaluate", die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "broken", *common, *(["--save-every", 0] if inside else []))
-    assert torch.load(tmp_path / "broken" / "last.pth", weights_only=True)["step"] == (3 if inside else 2)
-    resumed = run(tmp_path / "broken", *common, "--resume", "--workers", 1)
-    assert equal_states(whole, resumed) and whole["best"] == resumed["best"]
-    assert [r["step"] for r in lines(tmp_path / "broken", "val")] == [2, 4, 5]
+        patch.setattr(*((T, "sample_numbers", signaled) if stop == "by a signal" else (T, "evaluate", die)))
+        with pytest.raises(SystemExit if stop == "by a signal" else KeyboardInterrupt) as end:
+            run(f"{options} {'--save-every 0' if 'since' in stop else ''}", out="broken")
+    if stop == "by a signal":
+        saved = f"SIGTERM: saved step 3 to {tmp_path / 'broken' / 'last.pth'}; continue with --resume\n"
+        assert end.value.code == 143 and capsys.readouterr().err == saved
+    broken = torch.load(tmp_path / "broken" / "last.pth", weights_only=True)
+    assert broken["step"] == (2 if stop == "in an evaluation" else 3)
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # a kill may cut a line
+    resumed = run(f"{options} --resume --workers 1", out="broken")
+    assert equal(whole, resumed) and whole["best"] == resumed["best"]
+    for event in ("train", "val"):
+        without_times = [
+            [{k: v for k, v in record.items() if "second" not in k} for record in lines(tmp_path / out, event)]
+            for out in ("whole", "broken")
+        ]
+        assert without_times[0] == without_times[1]
 
 
-LONG = [
-    *TINY,
-    "--labeled",
-    2,
-    "--iters",
-    12,
-    "--warmup-epochs",
-    0,
-    "--eval-every",
-    1,
-    "--log-every",
-    1,
-    "--dataset",
-    "camvid",
-]
+LONG = f"{TINY} --iters 12 --eval-every 1 --log-every 1 --save-every 0 --resume"  # starts anew without a checkpoint
 
 
-def started(out, *arguments, launcher=(), **options):
+def started(options, launcher=()):
     """A run in a process of its own; its lines come through stdout."""
-    command = [sys.executable, *launcher, ROOT / "train.py", *LONG, "--out", out, *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, command)), **pipes, text=True, env=env, **options)
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *options.split()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def wait_for(process, text):
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came: {''.join(said)}")
 
 
 def children(process):
-    """The ids of the processes that a process has started and that run one of the scripts."""
+    """The ids of the runs that torchrun started."""
     ids = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(i) for i in ids if b"train.py" in Path(f"/proc/{i}/cmdline").read_bytes()]
 
 
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
-
-
-def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(tmp_path, camvid_root):
-    whole = run(tmp_path / "whole", *LONG, "--root", camvid_root)
-    out = tmp_path / "killed"
-    for when, workers in ((3, 0), (8, 1)):  # in the middle of passes over the four unlabeled images
-        process = started(out, "--root", camvid_root, "--save-every", 0, "--resume", "--workers", workers)
-        wait_for(process, f"step {when:>2}/12")
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(run, tmp_path, root):
+    whole, out = run(LONG, out="whole"), tmp_path / "killed"
+    for step, workers in ((3, 0), (8, 1)):  # in the middle of passes over the four unlabeled images
+        process = started(f"{LONG} --device cpu --root {root} --out {out} --workers {workers}")
+        wait_for(process, f"step {step}/12")
         time.sleep(random.uniform(0, 0.5))  # anywhere in a step, an evaluation, a checkpoint
         process.kill()
-        process.wait()
-        assert torch.load(out / "last.pth", weights_only=True)["step"] >= when - 1
-    resumed = run(out, *LONG, "--root", camvid_root, "--resume")
-    assert equal_states(whole, resumed) and [r["step"] for r in lines(out, "train")] == list(range(1, 13))
-    assert [r["step"] for r in lines(out, "val")] == [2, 4, 6, 8, 10, 12]
+        process.communicate()
+        assert torch.load(out / "last.pth", weights_only=True)["step"] >= step - 1
+    assert equal(whole, run(LONG, out="killed"))
+    assert [record["step"] for record in lines(out)] == [*range(1, 13)]
+    assert [record["step"] for record in lines(out, "val")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_two_processes_go_on_by_themselves_when_one_dies_and_resume_when_both_do(tmp_path, camvid_root):
-    tree = ["--root", camvid_root, "--save-every", 0, "--eval-every", 4]
-    script("train.py", *LONG, *tree, "--out", tmp_path / "whole", launcher=TWO_PROCESSES)
-    out = tmp_path / "killed"
-    process = started(out, *tree, launcher=[*TWO_PROCESSES, "--max-restarts=1"])
-    wait_for(process, "step  3/12")
+@pytest.mark.slow
+def test_two_processes_go_on_by_themselves_when_one_is_killed_and_resume_when_all_are(tmp_path, root):
+    options = f"{LONG} --device cpu --root {root} --eval-every 4"
+    script("train.py", f"{options} --out {tmp_path / 'whole'}", TWO_PROCESSES)
+    process = started(f"{options} --out {tmp_path / 'killed'}", [*TWO_PROCESSES, "--max-restarts=1"])
+    wait_for(process, "step 3/12")
     os.kill(children(process.pid)[1], signal.SIGKILL)
-    wait_for(process, "step  7/12")  # after the restart, from the last checkpoint
+    wait_for(process, "continues after step")
+    wait_for(process, "step 7/12")
     time.sleep(random.uniform(0, 0.5))
     for pid in [process.pid, *children(process.pid)]:  # torchrun first
         os.kill(pid, signal.SIGKILL)
-    process.wait()
-    script("train.py", *LONG, *tree, "--out", out, "--resume", launcher=TWO_PROCESSES)
-    one, two = (torch.load(folder / "last.pth", weights_only=True) for folder in (tmp_path / "whole", out))
-    assert equal_states(one, two) and one["step"] == two["step"] == 12
-    assert [r["step"] for r in lines(out, "train")] == list(range(1, 13))
+    process.communicate()
+    script("train.py", f"{options} --out {tmp_path / 'killed'}", TWO_PROCESSES)
+    whole, killed = (torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("whole", "killed"))
+    assert equal(whole, killed) and whole["step"] == killed["step"] == 12
+    assert [record["step"] for record in lines(tmp_path / "killed")] == [*range(1, 13)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(tmp_path, camvid_root):
-    common = [*LONG, "--root", camvid_root, "--device", "cuda", "--deterministic", "--crop", 64]
-    script("train.py", *common, "--out", tmp_path / "whole")
-    process = started(tmp_path / "killed", *common, "--save-every", 0)
-    wait_for(process, "step  5/12")
-    process.kill()
-    process.wait()
-    script("train.py", *common, "--out", tmp_path / "killed", "--resume")
-    one, two = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "killed"))
-    assert equal_states(one, two)
+def test_a_run_is_never_overwritten_nor_continued_with_other_arguments_or_images(run, finished, tmp_path, root):
+    before = (finished / "last.pth").read_bytes()
+    options = f"--iters 4 --eval-every 1 --out {finished}"
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose another folder"):
+        run(options)
+    with pytest.raises(InputError, match="is another run: alpha0 was 0.4 and is 0.2, seed was 0 and is 1; choose"):
+        run(f"{options} --resume --alpha0 0.2 --seed 1")
+    with pytest.raises(InputError, match="iters was 4 and is 5"):
+        run(f"{options} --resume --iters 5")
+    (tmp_path / "others.txt").write_text("train1\ntrain2\n")
+    with pytest.raises(
+        InputError, match="labeled was 2 and is .*others.txt, the labeled images are others, the unlabeled"
+    ):
+        run(f"{options} --resume --labeled {tmp_path / 'others.txt'}")
+    tree = camvid(tmp_path / "camvid")
+    for name in ("train/train5.png", "trainannot/train5.png"):
+        (tree / name).rename((tree / name).with_name("train6.png"))
+    with pytest.raises(
+        InputError, match=f"{finished} is another run: the unlabeled images are others; choose another --out"
+    ):
+        run(f"{options} --resume --root {tree}")
+    assert (finished / "last.pth").read_bytes() == before
 
 
-def test_a_loader_worker_that_dies_says_which_file_it_held(tmp_path, camvid_root):
-    process = started(tmp_path / "run", "--root", camvid_root, "--workers", 1, "--iters", 10000)
-    wait_for(process, "step     3/10000")
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and len(said.strip().splitlines()) == 1, said
-    file = re.search(
-        r"a loader worker died .*(?:Killed|unexpectedly).*; the last file it opened is (\S+\.png); look at that file",
-        said,
+def test_a_finished_run_resumes_with_nothing_to_do_wherever_its_data_is_now(run, finished, tmp_path, capsys):
+    options = (
+        f"--iters 4 --eval-every 2 --log-every 7 --save-every 3 --seed 0 --resume --root {camvid(tmp_path / 'moved')}"
     )
-    assert file, said
-    assert Path(file[1]).is_file() and Path(file[1]).is_relative_to(camvid_root)
+    run(f"{options} --out {finished}", out=finished)
+    said = capsys.readouterr().out
+    assert (
+        "continues after step 4, writes to" in said
+        and f"nothing to do: {finished / 'last.pth'} is at step 4 of 4" in said
+    )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint_and_says_so_in_the_exit_code(tmp_path, camvid_root, number):
-    process = started(tmp_path / "run", "--root", camvid_root, "--workers", 1, start_new_session=True)
-    wait_for(process, "step  3/12")
-    os.killpg(process.pid, number)  # the loader's worker gets it too, as from a scheduler or a terminal
-    _, said = process.communicate(timeout=60)
-    step = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
-    assert process.returncode == 128 + number and step >= 3
-    assert f"{number.name}: saved step {step} to " in said and "continue with --resume" in said
+def test_a_resumed_run_needs_no_pretrained_weights(run, tmp_path, monkeypatch):
+    weights = tmp_path / "resnet10.pth"
+    weights.touch()
+    network, loaded = DeepLabV3Plus, []
+    monkeypatch.setattr(T, "DeepLabV3Plus", lambda *args: (loaded.append(args[3]), network(*args[:3]))[1])
+    saved = run(f"--iters 1 --weights {weights}")
+    weights.unlink()
+    assert equal(run(f"--iters 1 --weights {weights} --resume"), saved) and loaded == [str(weights), "none"]
 
 
-def test_processes_that_find_different_checkpoints_say_so(tmp_path, camvid_root):
-    run(tmp_path / "one" / "run", *LONG, "--root", camvid_root)
-    command = [sys.executable, ROOT / "train.py", *LONG, "--root", camvid_root, "--out", "run", "--resume"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    checkpoint = torch.load(tmp_path / "one" / "run" / "last.pth", weights_only=True)
-    checkpoint["args"] |= {"processes": 2, "steps_per_epoch": 1}
-    torch.save(checkpoint, tmp_path / "one" / "run" / "last.pth")
-    started = []
-    for rank, folder in enumerate(("one", "two")):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        env = os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(list(map(str, command)), cwd=tmp_path / folder, env=env, **pipe))
-    for process in started:
-        _, said = process.communicate(timeout=120)
-        assert (
-            process.returncode == 1 and "some processes find run at step 0, others at 12; expected one folder" in said
-        )
+def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, monkeypatch):
+    save, written = T.save_checkpoint, []
+    monkeypatch.setattr(
+        T, "save_checkpoint", lambda state, path: (written.append((path.name, state["best"])), save(state, path))
+    )
+    scores = iter((20.0, 30.0, 25.0))
+    evaluate = T.evaluate
+    monkeypatch.setattr(T, "evaluate", lambda *args: evaluate(*args) | {"miou": next(scores)})
+    run("--iters 6 --eval-every 1")
+    assert written == [("best.pth", 20), ("last.pth", 20), ("best.pth", 30), ("last.pth", 30), ("last.pth", 30)]
 
 
-def test_a_restart_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
-    run = object.__new__(T.Run)
-    run.out = tmp_path
-    assert not run.restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this one")
-    assert run.restarted()  # it died before it had written anything
-    for machines, launch in (("2", "this one"), ("1", f"this one {os.getppid()}")):
-        monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
-        for name in (launch, "another"):
-            (tmp_path / "args.json").write_text(json.dumps({"launch": name}))
-            assert run.restarted() == (name == launch)
+def test_only_the_seed_decides_a_run(run):
+    one, two, other = (run(f"--iters 2 --seed {seed}", out=str(i)) for i, seed in enumerate((0, 0, 1)))
+    assert equal(one, two) and not equal(one, other)
 
 
-def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(tmp_path, monkeypatch):
-    names, save = [], T.Run.save
-    monkeypatch.setattr(T.Run, "save", lambda self, name: (names.append(name), save(self, name)))
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    assert names == ["best.pth", "last.pth"]
+# ----------------------------------------------------------------------------------------------------------------------
+# numbers that are not finite, memory
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_of_two_processes_saves_a_checkpoint_and_ends_both(tmp_path, camvid_root, rank):
-    process = started(tmp_path / "run", "--root", camvid_root, "--iters", 1000, launcher=TWO_PROCESSES)
-    wait_for(process, "step    3/1000")
-    os.kill(children(process.pid)[rank], signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    step = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"]
-    assert process.returncode and 3 <= step < 1000
-    assert f"SIGTERM: saved step {step} to " in said and "Connection closed" not in said
+def test_a_loss_that_is_not_finite_ends_the_run_and_last_pth_stays_finite(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "learning_rate", lambda step, *_: 0.001 if step < 2 else 1e30)
+    sentence = "the loss is (nan|inf) between the steps 3 and 4; .*last.pth is the last good checkpoint; lower --lr and"
+    with pytest.raises(InputError, match=sentence):
+        run("--iters 8 --eval-every 1 --optimizer sgd")
+    saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert saved["step"] == 2 and all(
+        value.isfinite().all() for part in ("student", "teacher") for value in saved[part].values()
+    )
+    with pytest.raises(
+        InputError, match="the loss is .* between the steps 1 and 2; no checkpoint had been written yet"
+    ):
+        monkeypatch.setattr(T, "learning_rate", lambda *_: 1e30)
+        run("--iters 8 --eval-every 1 --optimizer sgd", out="first")
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["full", "not to be written to"])
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    before = (tmp_path / "last.pth").read_bytes()
-    going_on = T.Run(T.parse_args([*TINY, "--out", str(tmp_path), "--iters", "1", "--warmup-epochs", "0", "--resume"]))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if full:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    else:  # a test that runs as root may write everywhere
-        monkeypatch.setattr(torch, "save", lambda _, file: open("/proc/version", "wb"))
-    try:
-        with pytest.raises(
-            InputError, match=r"last\.pth could not be written \(.*last.pth is the last good checkpoint; make"
-        ):
-            going_on.save("last.pth")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "last.pth").read_bytes() == before and not (tmp_path / "last.pth.tmp").exists()
+def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
+    update, steps = T.update_teacher, []
+
+    def poisoned(teacher, student, tau):
+        update(teacher, student, tau)
+        steps.append(1)
+        if len(steps) == 4:  # after the loss, before the checkpoint
+            student.classifier.bias.data.fill_(math.inf)
+
+    monkeypatch.setattr(T, "update_teacher", poisoned)
+    with pytest.raises(
+        InputError, match="step 4 left weights that are not finite; .*last.pth is the last good checkpoint"
+    ):
+        run("--iters 8 --eval-every 1")
+    assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] == 2
 
 
 class Tiny(nn.Module):
-    """Stands in for DeepLabV3Plus where only the loop is looked at."""
+    """Stands in for DeepLabV3Plus when only the loop matters."""
 
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.head = nn.Conv2d(4, num_classes, 1)
 
-    def forward(self, x, upsample=True):
-        return self.head(self.backbone(x).relu())
+    def forward(self, images):
+        return self.head(self.backbone(images).relu())
 
 
-def test_memory_and_open_files_stay_as_they_are_over_two_thousand_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "DeepLabV3Plus", Tiny)
-    monkeypatch.setattr("data.SHAPES_VAL", 2)
-    seen, log = [], T.Run.log
+@pytest.mark.slow
+def test_memory_and_open_files_stay_as_they_are_over_a_thousand_steps(run, monkeypatch):
+    write, seen = T.write_record, []
 
-    def measured(self, *args):
-        record = log(self, *args)
+    def measured(out, board, rank, record):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         seen.append((record["step"], pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))))
-        return record
+        write(out, board, rank, record)
 
-    monkeypatch.setattr(T.Run, "log", measured)
-    run(tmp_path, "--iters", 2000, "--warmup-epochs", 0, "--log-every", 100, "--eval-every", 100)
-    settled = [(mib, handles) for step, mib, handles in seen if step >= 600]  # until then drawn images are kept
-    assert len(settled) == 15 and settled[-1][0] - settled[0][0] < 8 and len({handles for _, handles in settled}) == 1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--labeled", 1], ["--labeled", 1, "--batch-size", 8], ["--batch-size", 1], ["--batch-size", 1, "--framework", "cutmixseg"],
-        ["--labeled", 5, "--batch-size", 8],
-    ],
-    ids=lambda options: " ".join(map(str, options)),
-)  # fmt: skip
-def test_few_images_and_little_batches_train(tmp_path, monkeypatch, camvid_root, options):
-    tree = ["--dataset", "camvid", "--root", camvid_root, "--labeled", 2]
-    run(tmp_path, *tree, "--iters", 2, "--warmup-epochs", 0, "--log-every", 1, *options)
-    assert all(math.isfinite(record["loss"]) for record in lines(tmp_path, "train"))
+    monkeypatch.setattr(T, "DeepLabV3Plus", Tiny)
+    monkeypatch.setattr(T, "write_record", measured)
+    run("--iters 1000 --log-every 50 --eval-every 50")
+    settled = [(mib, handles) for step, mib, handles in seen if step >= 300]
+    assert len(settled) == 23 and settled[-1][0] - settled[0][0] < 8 and len({handles for _, handles in settled}) == 1
 
 
-def test_masks_without_a_single_label_and_of_one_class_train(tmp_path):
-    root = camvid(tmp_path / "camvid", train=4, val=2, size=(64, 48))
-    for i, value in enumerate((255, 3)):
-        Image.fromarray(np.full((48, 64), value, np.uint8)).save(root / "trainannot" / f"train{i}.png")
-    (tmp_path / "list.txt").write_text("train0\ntrain1\n")
-    common = ["--dataset", "camvid", "--root", root, "--iters", 3, "--warmup-epochs", 0, "--log-every", 1]
-    run(tmp_path / "run", *common, "--labeled", tmp_path / "list.txt")
-    assert all(math.isfinite(record["loss"]) for record in lines(tmp_path / "run", "train"))
+# ----------------------------------------------------------------------------------------------------------------------
+# lengths, presets, words
 
 
-def test_more_processes_than_images_score_the_same(tmp_path):
-    root = camvid(tmp_path / "camvid", train=3, val=1, size=(64, 48))
-    out = tmp_path / "run"
-    run(out, "--dataset", "camvid", "--root", root, "--labeled", 1, "--iters", 1, "--warmup-epochs", 0)
-    script("evaluate.py", out / "last.pth", "--json", tmp_path / "two.json", "--device", "cpu", launcher=TWO_PROCESSES)
-    assert json.loads((tmp_path / "two.json").read_text())["iou"] == pytest.approx(lines(out, "val")[-1]["iou"])
-
-
-def test_the_seed_alone_decides_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    one, two, other = (
-        run(tmp_path / str(i), "--iters", 2, "--warmup-epochs", 0, "--seed", seed) for i, seed in enumerate((0, 0, 1))
-    )
-    assert equal_states(one, two) and not equal_states(one, other)
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, camvid_root):
-    original, calls = T.training_losses, []
-
-    def poisoned(*args):
-        loss, log = original(*args)
-        calls.append(1)
-        return (loss * math.nan, log | {"losses": log["losses"] * math.nan}) if len(calls) == 3 else (loss, log)
-
-    monkeypatch.setattr(T, "training_losses", poisoned)
-    with pytest.raises(
-        InputError,
-        match=r"the loss of step 3 is nan, at --lr 0.0\d+ with the images (train\d, ){3}train\d; training stopped, .*last.pth is the last",
-    ):
-        run(
-            tmp_path,
-            "--dataset",
-            "camvid",
-            "--root",
-            camvid_root,
-            "--labeled",
-            2,
-            "--iters",
-            5,
-            "--eval-every",
-            1,
-            "--log-every",
-            100,
-        )
-    checkpoint = torch.load(tmp_path / "last.pth", weights_only=True)
-    assert (
-        len(calls) == 3
-        and checkpoint["step"] == 2
-        and all(value.isfinite().all() for value in checkpoint["student"].values())
-    )
-
-
-def test_a_run_is_never_overwritten_nor_continued_with_other_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose another folder"):
-        run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    with pytest.raises(InputError, match="--resume: in .*, alpha0 was 0.4 and is 0.2; expected the same arguments"):
-        run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--alpha0", 0.2, "--resume")
-    with pytest.raises(
-        InputError, match="--resume: .*, iters was 1 and is 2; expected the same arguments, because sched"
-    ):
-        run(tmp_path, "--iters", 2, "--warmup-epochs", 0, "--resume")
-    monkeypatch.setattr("data.SHAPES_TRAIN", 479)  # other images are spaced evenly then
-    with pytest.raises(InputError, match="began with 24 labeled images, and 24 others are there now"):
-        run(tmp_path, "--iters", 1, "--warmup-epochs", 0, "--resume")
-
-
-def test_a_checkpoint_of_another_class_count_is_refused(tmp_path, monkeypatch, camvid_root):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    with pytest.raises(InputError, match="last.pth predicts 7 classes, camvid has 11"):
-        run(tmp_path, "--dataset", "camvid", "--root", camvid_root, "--labeled", 2, "--iters", 1, "--resume")
-
-
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
-        (
-            ["--dataset", "camvid", "--root", "nowhere"],
-            "--root nowhere is not there; expected a folder with train/",
-        ),
-        (["--labeled", "1000"], "--labeled 1000 is impossible; expected 1 to 480"),
-        (["--labeled", "all"], "--labeled all leaves no unlabeled image; use --framework supervised"),
-        (["--crop", "4000"], "--crop 4000 is larger than the images can fill"),
-        (["--batch-size", "1"], "--batch-size 1 gives BatchNorm a single value"),
-        (["--weights", "nowhere.pth"], "--weights nowhere.pth: no such file"),
-        (["--alpha0", "2"], "2 is out of range; expected at least 0 and at most 1"),
-        (["--neighborhood", "4"], "invalid choice: 4"),
-    ],
-)
-def test_bad_arguments_end_in_one_sentence(tmp_path, capsys, arguments, says):
-    command = ["--device", "cpu", "--workers", "0", "--out", str(tmp_path / "run"), *arguments]
-    with pytest.raises(SystemExit) as end:
-        stop_on_input_error(lambda: T.train(T.Run(T.parse_args(command))))
-    said = capsys.readouterr().err
-    assert says in said and (end.value.code == 2 or said.count("\n") == 1)  # 2: argparse's, which prints the usage too
-
-
-def test_a_broken_image_in_a_loader_worker_ends_in_one_sentence(tmp_path):
-    root = camvid(tmp_path / "camvid")
-    for path in (root / "train").iterdir():
-        path.write_bytes(path.read_bytes()[:70])
-    labeled = ["--dataset", "camvid", "--root", root, "--labeled", 2]
-    done = script("train.py", *TINY, *labeled, "--workers", 1, "--out", tmp_path / "run", check=False)
-    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
-    assert ".png could not be read" in done.stderr and "replace the file" in done.stderr
-
-
-def test_help_names_where_defaults_come_from():
-    said = " ".join(script("train.py", "--help").stdout.split())
-    assert "[paper]" in said and "[authors' code" in said and "(default: 0.4)" in said
-    assert "pascal 513 [paper], cityscapes 769 [paper]" in said and "camvid on cpu 128 [ours]" in said
-    assert "pascal 1 [authors' code]" in said and "cityscapes ohem [common practice]" in said
-    assert "cityscapes 769 [paper], folder: from the images found [ours]" in said
-
-
-def test_a_run_says_first_what_it_trains_on_and_how_long(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.SHAPES_VAL", 2)
-    run(tmp_path, "--iters", 1, "--warmup-epochs", 0)
-    images = "shapes: 24 labeled, 456 unlabeled, 2 validation images; resnet10 on the CPU"
-    steps = "1 steps of 2 labeled + 2 unlabeled images, the first 0 of labeled ones alone"
-    assert capsys.readouterr().out.startswith(f"{images}; {steps}; writes to {tmp_path}\n{{")
-    run(tmp_path / "alone", "--iters", 1, "--framework", "supervised")
-    assert "; 1 steps of 2 labeled images; writes to" in capsys.readouterr().out
-
-
-def test_a_resumed_run_needs_no_pretrained_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.SHAPES_VAL", 1)
-    weights = tmp_path / "resnet10.pth"
-    torch.save(resnet("resnet10").state_dict(), weights)
-    common = ["--iters", 1, "--warmup-epochs", 0, "--weights", weights]
-    saved = run(tmp_path / "run", *common)
-    weights.unlink()
-    assert equal_states(run(tmp_path / "run", *common, "--resume"), saved)
-
-
-def test_an_interrupted_program_ends_without_a_traceback(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as end:
-        stop_on_input_error(interrupted)
-    assert end.value.code == 128 + signal.SIGINT and capsys.readouterr().err == ""
-
-
-def resolved(*command, device="cuda"):
-    args = T.parse_args(list(command))
+def resolved(options="", device="cuda"):
+    args = T.parse_args(options.split())
     T.fill_presets(args, torch.device(device))
     return args
 
 
+def lengths(options, labeled, unlabeled, world=1):
+    """(epoch, run, warm-up, evaluation) in steps."""
+    args = resolved(options)
+    T.settle_length(args, SimpleNamespace(labeled=range(labeled), unlabeled=range(unlabeled)), world)
+    return args.steps_per_epoch, args.iters, args.warmup_iters, args.eval_steps
+
+
+@pytest.mark.parametrize("options, images, expected", [
+    ("--dataset pascal", (366, 10216), (3406, 80 * 3406, 3406, 8 * 3406)),  # warm-up: one epoch
+    ("--dataset pascal --epochs 2 --eval-every 1", (366, 10216, 4), (852, 1704, 852, 852)),
+    ("--dataset pascal --iters 5000 --warmup-epochs 0", (366, 10216), (3406, 5000, 0, 500)),
+    ("--dataset pascal --framework supervised", (366, 0), (122, 9760, 122, 976)),  # epochs over the labeled images
+    ("--dataset pascal --framework supervised", (10, 0), (4, T.SUPERVISED_FLOOR, 4, 100)),
+    ("--dataset pascal --framework supervised --iters 50", (10, 0), (4, 50, 4, 5)),
+    ("--dataset pascal --framework supervised --epochs 3", (10, 0), (4, T.SUPERVISED_FLOOR, 4, 100)),
+    ("--dataset folder --epochs 7 --warmup-epochs 2", (10, 33), (5, 35, 10, 4)),
+    ("--dataset folder --iters 35 --warmup-iters 9", (10, 33), (5, 35, 9, 4)),
+])  # fmt: skip
+def test_epochs_become_steps(options, images, expected):
+    assert lengths(options, *images) == expected
+
+
+def test_lengths_that_cannot_train_are_refused():
+    with pytest.raises(
+        InputError, match="the warm-up of 9 steps leaves no step of 9 for unlabeled images; lower --warmup"
+    ):
+        lengths("--iters 9 --warmup-iters 9", 4, 4)
+    lengths("--iters 9 --warmup-iters 9 --framework supervised", 4, 0)
+    for options in ("--framework supervised", "--warmup-iters 1"):
+        with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm a single value"):
+            lengths(f"--batch-size 1 {options}", 4, 4)
+    for options in ("--epochs 3 --iters 9", "--warmup-epochs 1 --warmup-iters 9"):
+        with pytest.raises(SystemExit):
+            resolved(options)
+
+
 def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
-    paper = dict(epochs=80, crop=513, batch_size=3, lr=0.001, head_lr=0.01, weight_decay=1e-4, power=0.9, sup_loss="ce")
-    paper |= dict(cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin")
-    paper |= dict(
-        backbone="resnet101", weights="imagenet", threshold=None, refinement=True, prior=False, distance_weight=True
+    paper = dict(
+        epochs=80, crop=513, batch_size=3, lr=0.001, head_lr=0.01, weight_decay=1e-4, power=0.9, optimizer="sgd"
     )
-    args = vars(resolved("--dataset", "pascal", "--labeled", "92"))
-    assert {name: args[name] for name in paper} == paper and args["labeled"] == "92" and args["eval_mode"] == "original"
-    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem")
-    args = vars(resolved("--dataset", "cityscapes", "--labeled", "186"))
+    paper |= dict(
+        cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin", prior=False
+    )
+    paper |= dict(
+        backbone="resnet101", weights="imagenet", threshold=None, refinement=True, distance_weight=True, sup_loss="ce"
+    )
+    paper |= dict(
+        dilation=1, unsup_norm="kept", lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None, labeled="92"
+    )
+    args = vars(resolved("--dataset pascal --labeled 92"))
+    assert {name: args[name] for name in paper} == paper and args["eval_mode"] == "original"
+    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem", labeled="186")
+    args = vars(resolved("--dataset cityscapes --labeled 186"))
     assert {name: args[name] for name in paper} == paper and args["eval_mode"] == "sliding"
-    args = resolved("--dataset", "pascal", "--crop", "321", "--iters", "100", "--sup-loss", "ohem")
-    assert (args.crop, args.iters, args.epochs, args.sup_loss) == (321, 100, None, "ohem")
+    args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --sup-loss ohem --lr 0.5")
+    assert (args.crop, args.iters, args.epochs, args.warmup_iters, args.warmup_epochs) == (321, 100, None, 5, None)
+    assert (args.sup_loss, args.lr, args.head_lr) == ("ohem", 0.5, 0.01)
 
 
 @pytest.mark.parametrize("dataset", T.DATASETS)
 @pytest.mark.parametrize("device", T.ANY)
 def test_a_preset_leaves_nothing_open_but_what_has_another_meaning(dataset, device):
-    args = vars(resolved("--dataset", dataset, device=device))
-    from_the_images = {"crop", "warmup_epochs", "eval_every"} if dataset == "folder" else set()
-    assert {name for name, value in args.items() if value is None} <= {
-        "splits",
-        "threshold",
-        "epochs",
-        "iters",
-    } | from_the_images
-    assert args["epochs"] or args["iters"] or dataset == "folder"
+    args = vars(resolved(f"--dataset {dataset}", device=device))
+    missing = {name for name, value in args.items() if value is None}
+    assert missing - {"splits", "threshold", "eval_every"} in ({"iters", "warmup_iters"}, {"epochs", "warmup_epochs"})
+    assert args["amp"] == (device == "cuda") and args["out"] == f"runs/{dataset}-{args['labeled']}-fixmatch-0"
+    assert resolved(f"--dataset {dataset} --labeled lists/mine.txt").out == f"runs/{dataset}-mine-fixmatch-0"
 
 
-@pytest.mark.parametrize("device, images, expected", [
-    ("cpu", 2000, dict(crop=128, iters=5000, warmup_epochs=1, eval_every=1)),
-    ("cuda", 2000, dict(crop=480, iters=6000, warmup_epochs=2, eval_every=2)),
-    ("cpu", 20, dict(crop=128, iters=2000, warmup_epochs=40, eval_every=40)),
+def test_help_names_where_defaults_come_from(capsys):
+    with pytest.raises(SystemExit):
+        T.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0.4)" in said and "pascal 513 [paper], cityscapes 769 [paper]" in said
+    assert f"camvid on cpu {T.SMALL['crop']} [ours]" in said
+    assert "pascal 1 [authors' code]" in said and "cityscapes ohem [common practice]" in said
+
+
+@pytest.mark.parametrize("options, says", [
+    ("--dataset mnist", "invalid choice: 'mnist'"),
+    ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"),
+    ("--neighborhood 4", "invalid choice: 4"), ("--crop 16", "16 is out of range; expected at least 32"),
+    ("--lr 0", "0 is out of range; expected more than 0"), ("--batch-size 0", "0 is out of range"),
 ])  # fmt: skip
-def test_the_preset_of_a_folder_follows_from_the_images_found(tmp_path, device, images, expected):
-    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
-    item = Item("a", tmp_path / "a.png", None)
-    data = Data("folder", ("0", "1"), (0.5, 2.0), {}, [item] * 40, [item] * images, [item], [], ("found",))
-    args = resolved("--dataset", "folder", device=device)
-    said = T.suit_folder(args, data, torch.device(device), 1).notes
-    assert {name: getattr(args, name) for name in expected} == expected
-    assert said[0] == "found" and "their short side about 480: --crop" in said[1]
-    args = resolved("--dataset", "folder", "--crop", "96", "--epochs", "3", device=device)
-    T.suit_folder(args, data, torch.device(device), 1)
-    assert (args.crop, args.epochs, args.iters) == (96, 3, None)
+def test_bad_arguments_are_named(capsys, options, says):
+    with pytest.raises(SystemExit) as end:
+        resolved(options)
+    assert end.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_few_steps_on_a_gpu(tmp_path):
-    out = tmp_path / "run"
-    script(
-        "train.py", "--crop", 64, "--workers", 0, "--device", "cuda", "--iters", 3, "--warmup-epochs", 0, "--out", out
-    )
-    assert math.isfinite(lines(out, "train")[-1]["loss"]) and lines(out, "train")[-1]["peak_memory_gib"] > 0
+def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_path, capsys):
+    run("--iters 2 --log-every 1 --eval-every 1 --warmup-iters 1")
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "camvid: 2 labeled, 4 unlabeled, 3 validation images",
+        "fixmatch, resnet10 on 1 x CPU; 2 steps of 2 labeled + 2 unlabeled images, the first 1 of labeled ones only",
+        f"starts, writes to {tmp_path / 'run'}",
+    ]
+    assert re.fullmatch(r"step 1/2  \d+m\d\ds left  loss \d\.\d{3}  [\d.]+ images/s", said[3])
+    share = r"\d+\.\d% \(raw \d+\.\d%\)"
+    figures = rf"alpha 0\.20  threshold 0\.\d{{3}}  kept {share}  correct {share}  [\d.]+ images/s"
+    assert re.fullmatch(rf"step 2/2  0m00s left  loss \d\.\d{{3}} = \d\.\d{{3}} \+ 1 x \d\.\d{{3}}  {figures}", said[4])
+    assert re.fullmatch(r"step 2/2  teacher's mIoU [\d.]+, best [\d.]+", said[5])
+    assert said[-1] == f"score it again with: python evaluate.py {tmp_path / 'run' / 'last.pth'}"
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
+        "args.json", "best.pth", "last.pth", "metrics.jsonl", "panels", "step-000002.png",
+    ]  # fmt: skip
+    settled = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert settled["torch"] == torch.__version__ and settled["crop"] == 32 and settled["iters"] == 2
+    run("--iters 1 --framework supervised", out="supervised")
+    assert "supervised, resnet10 on 1 x CPU; 1 steps of 2 labeled\n" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_line(run, tmp_path):
+    for every in (1, 3):
+        run(f"--iters 6 --log-every {every} --eval-every 9", out=str(every))
+    one, three = (lines(tmp_path / out) for out in ("1", "3"))
+    for name in ("loss", "loss_x", "loss_u"):
+        expected = [np.mean([record[name] for record in one[i : i + 3]]) for i in (0, 3)]
+        assert [record[name] for record in three] == pytest.approx(expected, rel=1e-5)
+    assert three[1]["step"] == 6 and three[1]["kept"] == one[5]["kept"] and three[1]["lr"] == one[5]["lr"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# with a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
 @pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch"])
-def test_no_step_waits_for_the_gpu(framework):
-    device, rng = torch.device("cuda"), np.random.default_rng(0)
-    student = DeepLabV3Plus("resnet10", 3).to(device, memory_format=torch.channels_last).train()
-    teacher = ema_teacher(student)
-    optimizer = torch.optim.SGD(student.parameters(), 0.01, 0.9, fused=True)
-    batch = {name: value.to(device) for name, value in little_batch(size=64).items()}
-    run = object.__new__(T.Run)  # the part of it that takes down the losses
-    run.world, run.device, run.losses, run.arriving = 1, device, [], deque()
-    run.noticed, run.ending = [], None
+def test_no_step_waits_for_the_gpu(run, tmp_path, monkeypatch, framework):
+    decay, steps = T.ema_decay, []
 
-    def step(number):
-        run.step = number
-        batch["strong"] = strong_views(batch["weak"], 0, range(4))
-        with torch.autocast("cuda", torch.bfloat16):
-            loss, log = T.training_losses(student, teacher, batch, number, arguments(framework=framework), {}, rng)
-        run.note(log["losses"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        teacher.update_parameters(student)
+    def watched(updates, limit):  # the last call of a step before the log
+        steps.append(updates)
+        torch.cuda.set_sync_debug_mode({2: "error", 6: "default"}.get(len(steps), torch.cuda.get_sync_debug_mode()))
+        return decay(updates, limit)
 
-    step(1)  # constants are copied, algorithms are chosen
-    torch.cuda.set_sync_debug_mode("error")
+    monkeypatch.setattr(T, "ema_decay", watched)
     try:
-        for number in range(2, 5):
-            step(number)
+        run(f"--device cuda --crop 64 --iters 8 --log-every 7 --eval-every 9 --framework {framework}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    run.look_at_losses(waiting=0)
-    assert len(run.losses) == 4 and not run.arriving
+    last = lines(tmp_path / "run")[-1]
+    assert len(steps) == 8 and math.isfinite(last["loss"]) and last["peak_memory_gib"] > 0
+
+
+@needs_gpu
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(tmp_path, root):
+    options = f"{LONG} --root {root} --device cuda --deterministic --crop 64"
+    script("train.py", f"{options} --out {tmp_path / 'whole'}")
+    process = started(f"{options} --out {tmp_path / 'killed'}")
+    wait_for(process, "step 5/12")
+    process.kill()
+    process.communicate()
+    script("train.py", f"{options} --out {tmp_path / 'killed'}")
+    whole, killed = (torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("whole", "killed"))
+    assert equal(whole, killed)

@@ -32,8 +32,8 @@ BINS = 2**15  # of uncertainty, by the upper bits of the float: 1/256 wide, rela
 
 def uncertainty(conf, kind, num_classes):
     """Confidence turned round, 0 (sure) to 1: one minus margin or maximum, or entropy by its largest value."""
-    # Refined probabilities need not sum to 1, so that their entropy may lie outside its range.
-    return (-conf / math.log(num_classes) if kind == "entropy" else 1 - conf).clamp(0, 1)
+    # Refined probabilities need not sum to 1, so their entropy may lie outside its range; abs is for -0.0.
+    return (-conf / math.log(num_classes) if kind == "entropy" else 1 - conf).clamp(0, 1).abs()
 
 
 @torch.no_grad()

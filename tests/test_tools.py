@@ -1,0 +1,721 @@
+"""The scripts of tools/: fetching and checking datasets, a folder of one's own, masks for new images, reports."""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+from torchvision.datasets import SBDataset
+from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+import data as D
+import evaluate as E
+import train as T
+from data import InputError, open_dataset, palette, read, save_mask
+from model import load_checkpoint, load_network
+from refine import confidence, pseudo_labels, refine
+from tools import own_images, predict, prepare, report
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def call(tool, *words):
+    """A tool in this process, with the words of its command line."""
+    tool.main(tool.parse_args(list(map(str, words))))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def names_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+
+
+def test_every_tool_starts_from_any_folder(tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "for tool in sys.argv[1:]:\n"
+        "    sys.argv = [tool, '--help']\n"
+        "    path = list(sys.path)\n"
+        "    try:\n"
+        "        runpy.run_path(tool, run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+        "    sys.path[:] = path\n"
+        "    for name in ('data', 'evaluate', 'model', 'refine'):\n"  # the next one has to find them by itself
+        "        sys.modules.pop(name, None)\n"
+    )
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    done = subprocess.run([sys.executable, "-c", code, *tools], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    for name in ("own_images", "predict", "prepare", "report"):
+        assert f"python tools/{name}.py" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare.py
+
+
+def archive(folder, file):
+    """A folder packed into a tar file; returns its checksum."""
+    with tarfile.open(file, "w:gz" if file.suffix == ".tgz" else "w") as tar:
+        tar.add(folder, ".")
+    return hashlib.md5(file.read_bytes()).hexdigest()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address under which tmp_path is served."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def voc(tmp_path, served, monkeypatch):
+    """A tiny VOC 2012 behind the address that torchvision knows; returns the archive."""
+    tree = trees.pascal(tmp_path / "there" / "VOCdevkit" / "VOC2012", tmp_path / "splits")
+    shutil.rmtree(tree / "SegmentationClassAug")
+    (tree / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tree / "ImageSets" / "Segmentation" / "train.txt").write_text("2007_000000\n")
+    md5 = archive(tmp_path / "there", tmp_path / "VOC.tar")
+    facts = {"url": f"{served}/VOC.tar", "filename": "VOC.tar", "md5": md5, "base_dir": "VOCdevkit/VOC2012"}
+    monkeypatch.setitem(DATASET_YEAR_DICT, "2012", facts)
+    monkeypatch.setattr(prepare, "SPLITS", tmp_path / "splits")
+    return tmp_path / "VOC.tar"
+
+
+def test_pascal_is_downloaded_once_and_mended_where_files_are_gone(tmp_path, voc, capsys):
+    root = tmp_path / "root"
+    call(prepare, "pascal", "--root", root)
+    assert f"complete: {root / 'VOCdevkit' / 'VOC2012'}" in capsys.readouterr().out
+    assert len(open_dataset("pascal", root, 2, tmp_path / "splits").labeled) == 2
+    voc.unlink()
+    (root / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2009_000001.png").unlink()
+    call(prepare, "pascal", "--root", root)  # unpacks the archive that is there
+    (root / "VOC.tar").unlink()
+    call(prepare, "pascal", "--root", root)  # needs nothing
+
+
+def test_a_failed_download_is_one_sentence(tmp_path, voc):
+    voc.write_bytes(b"something else")
+    with pytest.raises(InputError, match=r"the download to .*root failed \(.*corrupted.*\); run the same command again"):
+        call(prepare, "pascal", "--root", tmp_path / "root")
+    voc.unlink()
+    with pytest.raises(InputError, match=r"the download to .*root failed \(.*404.*\); run the same command"):
+        call(prepare, "pascal", "--root", tmp_path / "root")
+
+
+def test_an_archive_that_lacks_files_of_the_lists_is_not_called_complete(tmp_path, voc):
+    with open(tmp_path / "splits" / "pascal" / "val.txt", "a") as file:
+        file.write("2009_000009\n")
+    with pytest.raises(InputError, match="lacks files of 1 images, first 2009_000009; remove it and start again"):
+        call(prepare, "pascal", "--root", tmp_path / "root")
+
+
+def test_the_coarse_masks_are_converted_once_from_sbd_s_matlab_files(tmp_path, voc, served, monkeypatch):
+    scipy_io = pytest.importorskip("scipy.io", reason="--sbd needs scipy, which is optional")
+    matlab = tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls"
+    matlab.mkdir(parents=True)
+    masks = {}
+    for id in ("2008_000001", "2008_000002"):
+        masks[id] = np.random.default_rng(len(masks)).integers(0, 21, (55, 97)).astype(np.uint8)
+        scipy_io.savemat(matlab / f"{id}.mat", {"GTcls": {"Segmentation": masks[id]}})
+    monkeypatch.setattr(SBDataset, "md5", archive(tmp_path / "sbd", tmp_path / "benchmark.tgz"))
+    monkeypatch.setattr(SBDataset, "url", f"{served}/benchmark.tgz")
+    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+    folder = tmp_path / "root" / "VOCdevkit" / "VOC2012" / "SegmentationClassAug"
+    assert names_below(folder) == ["2008_000001.png", "2008_000002.png"]
+    for id, mask in masks.items():
+        assert np.array_equal(pixels(folder / f"{id}.png"), mask)
+    for packed in (tmp_path / "benchmark.tgz", tmp_path / "root" / "benchmark.tgz"):
+        packed.unlink()
+    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")  # needs nothing
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(InputError, match="--sbd reads MATLAB files, and scipy is not installed; pip install scipy"):
+        call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+
+
+def test_cityscapes_says_what_to_download_and_what_is_there(tmp_path, monkeypatch, capsys):
+    trees.cityscapes(tmp_path / "cityscapes", tmp_path / "splits")
+    monkeypatch.setattr(prepare, "SPLITS", tmp_path / "splits")
+    (tmp_path / "cityscapes" / "gtFine" / "val" / "lindau" / "lindau_000000_000019_gtFine_labelIds.png").unlink()
+    call(prepare, "cityscapes", "--root", tmp_path)
+    said = capsys.readouterr().out
+    assert f"gtFine_trainvaltest.zip (241 MB), unpack both into {tmp_path / 'cityscapes'}" in said
+    assert "train: 4 images and 4 masks of 4" in said and "val: 2 images and 1 masks of 2" in said
+    call(prepare, "cityscapes", "--root", tmp_path / "empty")
+    assert "not there yet" in capsys.readouterr().out
+
+
+def test_check_counts_every_pixel_and_names_everything_that_is_wrong_at_once(tmp_path, capsys):
+    root = trees.pascal(tmp_path / "root", tmp_path / "splits")
+    words = ["check", "--dataset", "pascal", "--root", root, "--labeled", 7, "--splits", tmp_path / "splits"]
+    call(prepare, *words)
+    said = capsys.readouterr().out
+    assert "labeled: 7 images, 7 masks" in said and "unlabeled: 1 images, 1 masks (none needed)" in said
+    assert "nothing is missing, nothing is broken" in said and "61 x 83 (1)" in said
+    data = open_dataset("pascal", root, 7, tmp_path / "splits")
+    masks = [np.asarray(read(item, data)[1]).ravel() for item in data.labeled + data.unlabeled + data.val]
+    for value, name in ((0, "background"), (1, "aeroplane"), (255, "ignored")):
+        assert f"{value:4} {name:20} {np.mean(np.concatenate(masks) == value):7.2%} of the mask pixels" in said
+
+    (root / "JPEGImages" / "2007_000000.jpg").unlink()
+    (root / "JPEGImages" / "2007_000001.jpg").write_bytes(b"no image")
+    (root / "SegmentationClass" / "2007_000002.png").unlink()
+    (root / "SegmentationClassAug" / "2008_000002.png").unlink()  # unlabeled, not needed
+    save_mask(np.full((71, 79), 77, np.uint8), root / "SegmentationClass" / "2007_000003.png")
+    with pytest.raises(InputError, match="4 files are missing or broken, each is named above"):
+        call(prepare, *words)
+    said = capsys.readouterr().err
+    assert "image 2007_000000 is missing" in said and "2007_000001.jpg could not be read" in said
+    assert "mask of the labeled image 2007_000002 is missing" in said and "holds the value 77" in said
+    assert len(said.splitlines()) == 4
+
+
+def test_check_reads_the_test_images_of_a_dataset_that_has_some(tmp_path, capsys):
+    root = trees.camvid(tmp_path / "camvid", test=2)
+    call(prepare, "check", "--dataset", "camvid", "--root", tmp_path, "--labeled", 2)
+    said = capsys.readouterr().out
+    assert "labeled: 2 images" in said and "unlabeled: 4 images" in said and "test: 2 images, 2 masks" in said
+    Image.new("L", (3, 3)).save(root / "testannot" / "test0.png")
+    with pytest.raises(InputError, match="1 files are missing or broken"):
+        call(prepare, "check", "--dataset", "camvid", "--root", tmp_path, "--labeled", 2)
+    assert "has (3, 3) pixels, its image (64, 48)" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# own_images.py
+
+
+def mine(root, images=8, annotated=6, **options):
+    """A folder of one's own as a user puts it there: images/ and masks/, nothing else."""
+    trees.folder(root, images, annotated, **options)
+    shutil.rmtree(root / "val")
+    (root / "classes.txt").unlink()
+    return root
+
+
+def change_masks(root, change, suffix=".png"):
+    """Every mask m becomes change(m), in a file with the suffix."""
+    for path in sorted((root / "masks").rglob("*.png")):
+        mask = pixels(path)
+        path.unlink()
+        Image.fromarray(change(mask)).save(path.with_suffix(suffix))
+
+
+def masks_of(root):
+    return {path.stem: pixels(path) for path in sorted((root / "masks").rglob("*.*"))}
+
+
+def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_command_fits(tmp_path, capsys):
+    root = mine(tmp_path / "my data", images=14, annotated=11)
+    call(own_images, root)
+    said = capsys.readouterr().out.splitlines()
+    annotated = sorted(f"photo {i}" for i in range(11))
+    assert (root / "val.txt").read_text().splitlines() == annotated[4::5]
+    assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
+    assert "14 images, 11 of them annotated; 2 for validation" in said[0] and "typically 48 pixels" in said[0]
+    masks = np.stack(list(masks_of(root).values()))
+    assert said[1:-1] == [f"{c:4} class {c}              {np.mean(masks == c):7.2%} of the annotated pixels" for c in range(3)]
+    words = shlex.split(said[-1])
+    assert words[:2] == ["python", "train.py"]
+    args = T.parse_args(words[2:])
+    assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, "fixmatch")
+    data = open_dataset(args.dataset, args.root, "all")
+    assert [item.id for item in data.labeled] == [id for id in annotated if id not in annotated[4::5]]
+    assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
+
+
+@pytest.mark.parametrize("size, crop", [((400, 300), 128), ((127, 200), 96), ((70, 63), 32), ((20, 20), 32)])
+def test_the_crop_fits_into_a_typical_image(tmp_path, capsys, size, crop):
+    call(own_images, mine(tmp_path / "mine", images=3, annotated=2, size=size))
+    assert f"--crop {crop}\n" in capsys.readouterr().out
+
+
+def test_where_every_image_is_annotated_the_command_leaves_the_unlabeled_ones_out(tmp_path, capsys):
+    root = mine(tmp_path / "mine", images=2, annotated=2)
+    call(own_images, root)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]
+    assert T.parse_args(words).framework == "supervised" and (root / "val.txt").read_text() == "photo 1\n"
+
+
+def test_folders_may_be_nested_and_lists_that_are_there_stay(tmp_path, capsys):
+    root = mine(tmp_path / "mine")
+    for kind in ("images", "masks"):
+        (root / kind).rename(root / "trip")
+        (root / kind).mkdir()
+        (root / "trip").rename(root / kind / "trip")
+    call(own_images, root)
+    assert (root / "val.txt").read_text() == "trip/photo 4\n"
+    (root / "val.txt").write_text("trip/photo 1\ntrip/photo 2\n")
+    (root / "classes.txt").write_text("soil\nwheat\nweed\nnever annotated\n")
+    capsys.readouterr()
+    call(own_images, root)
+    assert "2 for validation" in (said := capsys.readouterr().out) and "3 never annotated        0.00%" in said
+    assert (root / "val.txt").read_text() == "trip/photo 1\ntrip/photo 2\n"
+    assert (root / "classes.txt").read_text() == "soil\nwheat\nweed\nnever annotated\n"
+    (root / "val.txt").write_text("trip/photo 77\n")
+    with pytest.raises(InputError, match="val.txt names trip/photo 77, and there is no such file"):
+        call(own_images, root)
+
+
+def test_a_folder_with_validation_images_of_its_own_gets_no_list(tmp_path, capsys):
+    root = trees.folder(tmp_path / "mine", val=2)
+    call(own_images, root)
+    assert "8 images, 6 of them annotated; 2 for validation" in capsys.readouterr().out
+    assert not (root / "val.txt").exists()
+    Image.new("L", (64, 48), 9).save(root / "val" / "masks" / "photo 1.png")
+    with pytest.raises(InputError, match="hold the values 0, 1, 2, 9, and .*classes.txt names 3 classes; expected"):
+        call(own_images, root)
+
+
+OTHER_MASKS = {
+    "0 and 255": (lambda m: (m > 0).astype(np.uint8) * 255, ".png", {0: 0, 1: 1, 2: 1}),
+    "0 only": (lambda m: m * 0, ".png", None),
+    "from 1": (lambda m: m + np.uint8(1), ".png", {0: 0, 1: 1, 2: 2}),
+    "a gap": (lambda m: m * np.uint8(3), ".png", {0: 0, 1: 1, 2: 2}),
+    "grays and 255": (lambda m: np.array([255, 100, 200], np.uint8)[m], ".png", {0: 255, 1: 0, 2: 1}),
+    "two values": (lambda m: m > 0, ".png", {0: 0, 1: 1, 2: 1}),
+    "16 bits": (lambda m: m.astype(np.uint16) * 300, ".png", {0: 0, 1: 1, 2: 2}),
+    "colors": (lambda m: palette()[m + 3], ".png", {0: 2, 1: 0, 2: 1}),
+    "colors in BMP": (lambda m: palette()[m], ".bmp", {0: 0, 1: 2, 2: 1}),
+    "indices in TIFF": (lambda m: m, ".tif", {0: 0, 1: 1, 2: 2}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MASKS)
+def test_other_masks_are_listed_as_csv_lines_with_which_the_printed_command_converts_them(tmp_path, capsys, name):
+    change, suffix, expected = OTHER_MASKS[name]
+    root = mine(tmp_path / "mine")
+    before = masks_of(root)
+    change_masks(root, change, suffix)
+    given = masks_of(root)
+    with pytest.raises(InputError, match="expected PNG files of class indices from 0 on; write the lines") as error:
+        call(own_images, root)
+    assert not (root / "classes.txt").exists() and not (root / "val.txt").exists()
+    (tmp_path / "classes.csv").write_text(capsys.readouterr().out)
+    words = shlex.split(str(error.value).partition(": ")[2])
+    assert words == ["python", "tools/own_images.py", str(root), "--colors", "classes.csv"]
+    if expected is None:
+        with pytest.raises(InputError, match="expected 2 to 254 different names"):
+            call(own_images, root, "--colors", tmp_path / "classes.csv")
+        return
+    call(own_images, root, "--colors", tmp_path / "classes.csv")
+    for id, mask in masks_of(root).items():
+        assert np.array_equal(mask, np.vectorize(expected.get)(before[id]))
+    assert names_below(root / "masks-painted") == [f"{id}{suffix}" for id in sorted(given)]
+    assert len(open_dataset("folder", root, "all").classes) == len({*expected.values()} - {255})
+    call(own_images, root)  # ready now
+
+
+def test_a_table_names_the_classes_and_what_to_ignore(tmp_path, capsys):
+    root = trees.folder(tmp_path / "mine")
+    (root / "classes.txt").unlink()
+    for place in (root, root / "val"):
+        change_masks(place, lambda m: palette()[m + 1])
+    (root / "masks.tmp").mkdir()  # a conversion was killed
+    (root / "masks.tmp" / "photo 9.png").write_bytes(b"half")
+    table = tmp_path / "classes.csv"
+    rows = [",".join(map(str, palette()[c + 1])) for c in range(3)]
+    table.write_text(f"wheat, {rows[1]}\nignore,{rows[0]}\nwheat,{rows[2]}\nsoil,7,7,7\n")
+    call(own_images, root, "--colors", table)
+    assert (root / "classes.txt").read_text() == "wheat\nsoil\n"
+    for place in (root, root / "val"):
+        assert all(set(np.unique(mask)) == {0, 255} for mask in masks_of(place).values())
+        assert len(names_below(place / "masks-painted")) == len(names_below(place / "masks")) > 0
+    assert "0 wheat                100.00% of the annotated" in capsys.readouterr().out
+
+
+def test_a_conversion_that_cannot_end_well_changes_nothing(tmp_path):
+    root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
+    change_masks(root, lambda m: m + np.uint8(1))
+    before = masks_of(root)
+
+    def refused(says, text="soil,1\nwheat,2\nweed,3\n"):
+        table.write_text(text)
+        with pytest.raises(InputError, match=says):
+            call(own_images, root, "--colors", table)
+        after = masks_of(root)
+        assert after.keys() == before.keys() and all(np.array_equal(after[id], before[id]) for id in before)
+        assert not (root / "masks.tmp").exists() and not (root / "val.txt").exists()
+
+    refused("mask .*photo 0.png holds 3, which .*classes.csv does not; add lines for them", "soil,1\nwheat,2\n")
+    refused("expected 2 to 254 different names", "soil,1\nsoil,2\nignore,3\n")
+    (root / "classes.txt").write_text("soil\nmaize\n")
+    refused("classes.txt and .*classes.csv name other classes; make them the same, or remove")
+    (root / "classes.txt").unlink()
+    (root / "masks-painted").mkdir()
+    refused("masks-painted is there from an earlier conversion; move it away first")
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("soil,0\nwheat,1,2,3\n", "holds 'wheat,1,2,3'; expected lines name,r,g,b or lines name,value"),
+        ("name,value\nsoil,0\n", "holds 'name,value'"),
+        ("soil\n", "holds 'soil'"),
+        (",1\n", "holds ',1'"),
+        ("", "holds ''"),
+        ("soil,1\nwheat,1\n", "names 1 twice; expected one class for it"),
+        (None, "is not there; expected lines name,r,g,b or name,value, one per class"),
+    ],
+)
+def test_a_bad_table_gets_a_sentence(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "classes.csv").write_text(text)
+    with pytest.raises(InputError, match=says):
+        call(own_images, mine(tmp_path / "mine"), "--colors", tmp_path / "classes.csv")
+
+
+def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="lacks images/ or masks/; expected both"):
+        call(own_images, tmp_path)
+    with pytest.raises(InputError, match="has 1 annotated images; expected two, to learn from and to validate"):
+        call(own_images, mine(tmp_path / "few", annotated=1))
+    root = mine(tmp_path / "mine")
+    (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
+    with pytest.raises(InputError, match="1 masks belong to no image, first .*photo 0_mask.png; rename or remove them"):
+        call(own_images, root)
+    Image.new("L", (48, 64)).save(root / "masks" / "photo 0.png")
+    (root / "masks" / "photo 0_mask.png").unlink()
+    with pytest.raises(InputError, match=r"photo 0.png has \(48, 64\) pixels, its image \(64, 48\); expected the same"):
+        call(own_images, root)
+    (root / "masks" / "photo 0.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match="photo 0.png could not be read .*; replace or remove it"):
+        call(own_images, root)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(root / "masks" / "photo 0.png")
+    with pytest.raises(InputError, match="holds over 254 colors; expected one per class, not blended as in JPEG"):
+        call(own_images, root)
+    for i in range(2):  # each has 192 colors, together they are too many
+        Image.fromarray((noise // [64, 32, 43] + i * 100).astype(np.uint8)).save(root / "masks" / f"photo {i}.png")
+    with pytest.raises(InputError, match=r"hold \d+ colors; expected one per class, not blended at edges"):
+        call(own_images, root)
+    (root / "classes.txt").write_text("soil\nsoil\nweed\n")
+    shutil.copytree(mine(tmp_path / "good") / "masks", root / "masks", dirs_exist_ok=True)
+    with pytest.raises(InputError, match="has the classes soil, soil, weed; expected 2 to 254 different names"):
+        call(own_images, root)
+
+
+def test_files_that_training_cannot_take_are_named(tmp_path, capsys):
+    root = mine(tmp_path / "mine")
+    (root / "images" / "notes.odt").write_text("x")
+    (root / "images" / "photo 6.png").unlink()
+    (root / "images" / "photo 6.jpg").write_bytes(b"broken")
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "images" / "photo 9.png")
+    call(own_images, root)
+    said = capsys.readouterr().err
+    assert "1 files are left out, for their suffix is no image's, first" in said and "notes.odt" in said
+    assert "photo 6.jpg could not be read" in said and "photo 9.png is a I;16 image, training stops at it" in said
+
+
+def test_a_photograph_that_lies_on_its_side_fits_its_upright_mask(tmp_path):
+    root = mine(tmp_path / "mine")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 64)).save(root / "images" / "photo 0.jpg", exif=exif)
+    call(own_images, root)
+    data = open_dataset("folder", root, "all")
+    assert read(data.labeled[0], data)[0].size == (64, 48)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a checkpoint for the others
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run of two steps on a folder of one's own whose unlabeled images have masks, too."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    trees.folder(tmp_path / "data", images=6, annotated=6)
+    options = f"--dataset folder --root {tmp_path / 'data'} --labeled 2 --backbone resnet10 --weights none --crop 32 --device cpu"
+    options += f" --batch-size 2 --iters 2 --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01 --head-lr 0.01 --out {tmp_path / 'run'}"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    T.main(T.parse_args(options.split()))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def new(tmp_path):
+    """Images to predict, in two folders and several formats, with a file that is none."""
+    images = trees.folder(tmp_path / "new", images=5, annotated=0, size=(70, 51)).joinpath("images")
+    (images / "trip").mkdir()
+    (images / "photo 1.png").rename(images / "trip" / "photo 1.png")
+    (images / "readme.txt").write_text("x")
+    return images
+
+
+def probabilities(checkpoint, path, protocol=E.Protocol(), which="teacher"):
+    image = D.VF.pil_to_tensor(D.open_image(path, "RGB"))[None]
+    return E.predict(load_network(load_checkpoint(checkpoint), which), image, protocol)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# predict.py
+
+
+def test_masks_overlays_and_margins_come_from_the_checkpoint_alone_under_the_images_names(tmp_path, run, new, capsys):
+    checkpoint = tmp_path / "elsewhere.pth"
+    shutil.copy(run / "last.pth", checkpoint)
+    call(predict, checkpoint, "--images", new, "--masks", tmp_path / "out", "--confidence", "--device", "cpu")
+    ids = ["photo 0", "photo 2", "photo 3", "photo 4", "trip/photo 1"]
+    for kind in ("out", "out-overlays", "out-confidence"):
+        assert names_below(tmp_path / kind) == [f"{id}.png" for id in ids]
+    for id, path in D.files(new).items():
+        prob = probabilities(checkpoint, path)
+        mask = Image.open(tmp_path / "out" / f"{id}.png")
+        assert mask.mode == "P" and mask.getpalette()[:9] == palette()[:3].ravel().tolist()
+        assert np.array_equal(np.asarray(mask), prob.argmax(1)[0])
+        assert np.array_equal(pixels(tmp_path / "out-confidence" / f"{id}.png"), (255 * confidence(prob)[0]).round())
+        image = D.VF.pil_to_tensor(D.open_image(path, "RGB"))
+        drawn = E.overlay(image, prob.argmax(1)[0], dim=1, opacity=0.5).permute(1, 2, 0)
+        assert np.array_equal(pixels(tmp_path / "out-overlays" / f"{id}.png"), drawn)
+    said = capsys.readouterr().out
+    assert "5 masks written to" in said and "0 class 0, 1 class 1, 2 class 2" in said
+    assert "1 files are left out, for their suffix is no image's, first" in said and "readme.txt" in said
+
+
+def test_pseudo_labels_are_the_run_s_own_and_the_rest_is_255(tmp_path, run, new, capsys):
+    checkpoint = run / "last.pth"
+    common = [checkpoint, "--images", new, "--pseudo-labels", "--device", "cpu", "--workers", 1]
+    call(predict, *common, "--masks", tmp_path / "out")
+    assert "255 no label" in capsys.readouterr().out
+    call(predict, *common, "--masks", tmp_path / "fixed", "--threshold", 0.03)
+    saved = load_checkpoint(checkpoint)
+    options = E.label_options(saved["args"], saved["prior"])
+    for id, path in D.files(new).items():
+        prob = probabilities(checkpoint, path)
+        expected = pseudo_labels(prob, saved["args"]["alpha0"], **options)  # the quantile of one image
+        mask = pixels(tmp_path / "out" / f"{id}.png")
+        assert np.array_equal(mask, expected.label[0]) and 0.01 < (mask == 255).mean() <= 0.42
+        fixed = pseudo_labels(prob, None, **options | {"threshold": 0.03}).label[0]
+        assert np.array_equal(pixels(tmp_path / "fixed" / f"{id}.png"), fixed)
+
+
+def test_large_images_are_predicted_in_windows_unless_told_otherwise(tmp_path, run, new, monkeypatch):
+    seen, plain = [], E.predict
+    monkeypatch.setattr(predict, "predict", lambda net, image, protocol: seen.append(protocol) or plain(net, image, protocol))
+    wide = new.parent / "wide"
+    wide.mkdir()
+    assert predict.LARGE == 1024
+    monkeypatch.setattr(predict, "LARGE", 64)
+    for name, size in (("large", (100, 40)), ("small", (64, 40))):
+        Image.new("RGB", size, (200, 30, 90)).save(wide / f"{name}.png")
+    common = [run / "last.pth", "--images", wide, "--device", "cpu", "--masks"]
+    call(predict, *common, tmp_path / "a")
+    call(predict, *common, tmp_path / "b", "--eval-mode", "original", "--refine")
+    call(predict, *common, tmp_path / "c", "--eval-mode", "sliding", "--tta", "--student")
+    call(predict, *common, tmp_path / "d", "--crop", 50)
+    assert [(one.eval_mode, one.crop, one.tta) for one in seen] == [
+        ("sliding", 64, False), ("original", 64, False), ("original", 32, False), ("original", 32, False),
+        ("sliding", 32, True), ("sliding", 32, True), ("sliding", 50, False), ("original", 50, False),
+    ]  # fmt: skip
+    assert seen[2].refine == E.refinement_options(load_checkpoint(run / "last.pth")["args"]) and seen[0].refine is None
+    expected = probabilities(run / "last.pth", wide / "large.png", E.Protocol("sliding", 64)).argmax(1)[0]
+    assert np.array_equal(pixels(tmp_path / "a" / "large.png"), expected)
+    expected = probabilities(run / "last.pth", wide / "small.png", E.Protocol("sliding", 32, True), "student").argmax(1)
+    assert np.array_equal(pixels(tmp_path / "c" / "small.png"), expected[0])
+
+
+def test_masks_that_are_there_stay_and_a_broken_image_ends_with_exit_code_1_after_all_others(tmp_path, run, new):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "photo 0.png").write_bytes(b"corrected by hand")
+    (new / "photo 2.bmp").write_bytes(b"BM broken")
+    words = [run / "last.pth", "--images", new, "--masks", tmp_path / "out", "--device", "cpu"]
+    done = subprocess.run([sys.executable, ROOT / "tools" / "predict.py", *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "photo 2.bmp could not be read" in done.stderr
+    assert done.stderr.endswith("predict.py: 1 images could not be read and have no mask; each is named above\n")
+    assert "1 masks were in" in done.stdout and "3 masks written" in done.stdout
+    assert (tmp_path / "out" / "photo 0.png").read_bytes() == b"corrected by hand"
+    assert names_below(tmp_path / "out") == ["photo 0.png", "photo 3.png", "photo 4.png", "trip/photo 1.png"]
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path, run, new):
+    common = [run / "last.pth", "--device", "cpu", "--images"]
+    with pytest.raises(InputError, match="holds no image; expected a folder with images in it or below it"):
+        call(predict, *common, tmp_path / "nowhere", "--masks", tmp_path / "out")
+    for inside in (new, new / "masks", new / ".." / new.name / "masks"):
+        with pytest.raises(InputError, match="lies in --images .*; use another folder"):
+            call(predict, *common, new, "--masks", inside)
+    for words in (["--threshold", 0.5], ["--refine", "--pseudo-labels"], ["--eval-mode", "center-crop"]):
+        with pytest.raises(SystemExit):
+            call(predict, *common, new, "--masks", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_files_never_lead_out_of_the_folders(tmp_path, run):
+    images = tmp_path / "new" / "images"
+    (images / "$(touch owned)").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(images / "$(touch owned)" / "; touch owned; ..png")
+    call(predict, run / "last.pth", "--images", images, "--masks", tmp_path / "out", "--device", "cpu")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path).parts[0] for path in written} == {"new", "out", "out-overlays"} and len(written) == 3
+
+
+def test_two_processes_predict_what_one_does(tmp_path, run, new):
+    (new / "photo 2.bmp").write_bytes(b"BM broken")
+    words = [run / "last.pth", "--images", new, "--pseudo-labels", "--device", "cpu", "--masks"]
+    with pytest.raises(InputError, match="1 images could not be read"):
+        call(predict, *words, tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "tools" / "predict.py", *words, tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "4 masks written" in done.stdout
+    assert done.stderr.count("predict.py: 1 images could not be read and have no mask") == 1
+    assert names_below(tmp_path / "two") == names_below(tmp_path / "one")
+    for name in names_below(tmp_path / "one"):
+        assert np.array_equal(pixels(tmp_path / "one" / name), pixels(tmp_path / "two" / name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# report.py
+
+
+def opened(run):
+    """(data, checkpoint, network) of a run."""
+    saved = load_checkpoint(run / "last.pth")
+    args = saved["args"]
+    return open_dataset(args["dataset"], args["root"], saved["labeled"], use=("unlabeled",)), saved, load_network(saved)
+
+
+@pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
+def test_the_report_counts_what_plain_loops_count(run, kind):
+    data, saved, network = opened(run)
+    args, items = saved["args"] | {"confidence": kind}, data.unlabeled[:2]
+    summary = report.summarize(*report.count_labels(network, data, items, CPU, args, None), data.classes)
+    found = {"raw": [], "refined": []}
+    for item in items:
+        image, mask = read(item, data)
+        prob = E.predict(network, D.VF.pil_to_tensor(image)[None])
+        truth = torch.from_numpy(np.array(mask))
+        near = E.near_contour(truth[None], 5, image_border=False)[0]
+        threshold = E.image_threshold(prob, args)
+        for name, p in (("raw", prob), ("refined", refine(prob))):
+            conf, label = confidence(p, kind)[0], p.argmax(1)[0]
+            for y in range(truth.shape[0]):
+                for x in range(truth.shape[1]):
+                    if truth[y, x] != 255:
+                        one = conf[y, x], conf[y, x] > threshold, label[y, x], label[y, x] == truth[y, x], near[y, x]
+                        found[name].append([value.item() for value in one])
+    for name, rows in found.items():
+        conf, keep, label, right, near = (np.array(column) for column in zip(*rows))
+        for row, members in {**{c: label == i for i, c in enumerate(data.classes)}, "together": label >= 0}.items():
+            kept = members & keep
+            assert summary[name]["kept"][row] == (pytest.approx(keep[members].mean()) if members.any() else None)
+            assert summary[name]["correct"][row] == (pytest.approx(right[kept].mean()) if kept.any() else None)
+        for part, members in (("coverage", conf > -9), ("coverage_near_contours", near)):
+            surest = right[members][np.argsort(-conf[members])]
+            for share in report.COVERAGES:
+                exact = surest[: round(share / 100 * len(surest))].mean()
+                assert summary[name][part][str(share)] == pytest.approx(exact, abs=0.01)
+            running = surest.cumsum() / np.arange(1, len(surest) + 1)
+            assert summary[name][part]["area"] == pytest.approx(running.mean(), abs=0.01)
+
+
+def test_accuracy_at_equal_coverage_matches_sorted_pixels():
+    counts = np.random.default_rng(0).integers(0, 40, (2, 50))
+    surest = np.concatenate([  # inside a bin right and wrong are spread evenly
+        np.full(total, right / total) for right, total in zip(counts[1], counts.sum(0)) if total
+    ])  # fmt: skip
+    result = report.coverage_accuracy(counts)
+    for share in report.COVERAGES:
+        exact = surest[: round(share / 100 * len(surest))].mean()
+        assert result[str(share)] == pytest.approx(exact, abs=2e-3)
+    assert result["area"] == pytest.approx((surest.cumsum() / np.arange(1, len(surest) + 1)).mean(), abs=2e-3)
+    assert report.coverage_accuracy(np.zeros((2, 5))) == {}
+
+
+@pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
+def test_uncertainty_is_confidence_turned_round_and_stays_in_its_range(kind):
+    prob = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]).T.reshape(1, 3, 1, 3)
+    values = report.uncertainty(confidence(prob, kind), kind, 3)[0, 0].tolist()
+    assert values[0] == pytest.approx(0, abs=1e-6) and values[0] < values[2] < values[1] <= 1
+    noise = torch.randn(1, 7, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(1)
+    refined = report.uncertainty(confidence(refine(noise), kind), kind, 7)
+    assert 0 <= refined.min() and refined.max() <= 1
+
+
+def test_the_report_prints_a_row_per_class_and_coverage_and_agrees_with_evaluate(tmp_path, run, capsys):
+    call(report, run, "--json", tmp_path / "json" / "labels.json", "--device", "cpu")
+    said = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "json" / "labels.json").read_text())
+    assert f"{run / 'last.pth'}, step 2: 4 unlabeled images of folder, threshold: the 40% quantile of each image" in said
+    assert (numbers["images"], numbers["step"]) == (4, 2) and set(numbers["raw"]["kept"]) == {*numbers["refined"]["correct"]}
+    for row in ("class 0", "class 1", "class 2", "together", "20%", "90%", "area"):
+        assert sum(line.startswith(f"{row} ") for line in said.splitlines()) == 1
+    data, saved, network = opened(run)
+    figures = E.evaluate_labels(network, data, data.unlabeled, CPU, E.Protocol(), saved["args"], None)
+    for name, ending in (("raw", "_raw"), ("refined", "")):
+        assert numbers[name]["kept"]["together"] == pytest.approx(figures[f"kept{ending}"])  # every pixel is known here
+        assert numbers[name]["correct"]["together"] == pytest.approx(figures[f"correct{ending}"])
+        assert f"{100 * figures[f'correct{ending}']:.2f}" in said
+    call(report, run / "best.pth", "--limit", 2, "--device", "cpu")
+    assert "best.pth, step" in (said := capsys.readouterr().out) and "2 unlabeled images" in said
+
+
+def test_figures_4_to_6_show_the_log_and_the_checkpoint(tmp_path, run, capsys):
+    pytest.importorskip("matplotlib", reason="--figures needs matplotlib, which is optional")
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    sheets = []
+    for change in ({}, {"kept": 0.1, "fp_change": 0.5}):
+        lines = [json.loads(line) | change for line in (run / "metrics.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "train", "kept'  # a cut line
+        (folder / "metrics.jsonl").write_text(text)
+        call(report, folder, "--figures", tmp_path / "figures", "--device", "cpu")
+        sheets.append([pixels(tmp_path / "figures" / f"fig{number}.png") for number in (4, 5, 6)])
+    assert all(sheet.shape[1] > 600 and sheet.min() < 100 for sheet in sheets[0])
+    changed = [not np.array_equal(before, after) for before, after in zip(*sheets)]
+    assert changed == [True, True, False] and "wrote" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_made_is_one_sentence(tmp_path, run, monkeypatch):
+    with pytest.raises(InputError, match="checkpoint .*last.pth could not be read"):
+        call(report, tmp_path)
+    shutil.copy(run / "last.pth", tmp_path / "last.pth")
+    with pytest.raises(InputError, match="metrics.jsonl has no step with pseudo-labels; expected the log of a run past"):
+        call(report, tmp_path, "--figures", tmp_path)
+    trees.folder(tmp_path / "few", images=6, annotated=2)
+    with pytest.raises(InputError, match="no unlabeled image of folder under .*few has a mask; expected some"):
+        call(report, run, "--root", trees_with(tmp_path / "few", run))
+    (tmp_path / "few" / "classes.txt").write_text("soil\nwheat\nweed\n")
+    with pytest.raises(InputError, match=r"has the classes \('soil', .*; expected the run's, \['class 0'"):
+        call(report, run, "--root", tmp_path / "few")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="--figures needs matplotlib, which is not installed; pip install matplotlib"):
+        call(report, run, "--figures", tmp_path)
+
+
+def trees_with(root, run):
+    """The folder with masks of the run's labeled images only."""
+    labeled = load_checkpoint(run / "last.pth")["labeled"]
+    for path in (root / "masks").iterdir():
+        path.unlink()
+    for id in labeled:
+        save_mask(np.zeros((48, 64), np.uint8), root / "masks" / f"{id}.png")
+    return root
