@@ -10,7 +10,7 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Item(NamedTuple):
 
 
 def files(folder, suffixes=READABLE):
-    """{path below the folder, without suffix: path} of its files with one of the suffixes, sorted; {} without the folder.
+    """{path below the folder, without suffix: path} of its files with one of the suffixes, sorted.
 
     Raises InputError where two files differ only in their suffix.
     """
@@ -83,8 +83,8 @@ def id_list(file):
 
 
 def list_folder(root, lists):
-    """Items of a folder of one's own: images/, and masks/ (PNG) for those that are annotated; val/ with the same two, or
-    the ids of val.txt, for validation."""
+    """Items of a folder of one's own: images/, and masks/ (PNG) of the annotated ones; for validation val/ with
+    the same two, or the ids of val.txt."""
     root = find_root(root, (), ("images", "masks"))
     images, masks = files(root / "images"), files(root / "masks", (".png",))
     items = {id: Item(id, path, masks.get(id)) for id, path in images.items()}
@@ -92,11 +92,11 @@ def list_folder(root, lists):
         images, masks = files(root / "val" / "images"), files(root / "val" / "masks", (".png",))
         return {"train": [*items.values()], "val": [Item(f"val/{id}", images[id], masks.get(id)) for id in images]}
     if not (root / "val.txt").is_file():
-        raise InputError(f"{root} has neither val/ nor val.txt; `python tools/own_images.py {root}` chooses validation images")
+        raise InputError(f"{root} has neither val/ nor val.txt; `python tools/own_images.py {root}` writes val.txt")
     ids = dict.fromkeys(id_list(root / "val.txt"))
     unknown = [id for id in ids if id not in items]
     if unknown:
-        raise InputError(f"{root / 'val.txt'} names {unknown[0]}, and there is no such file in images/; correct the list")
+        raise InputError(f"{root / 'val.txt'} names {unknown[0]}, which is not in images/; correct the list")
     return {"train": [item for id, item in items.items() if id not in ids], "val": [items[id] for id in ids]}
 
 
@@ -116,7 +116,7 @@ def list_camvid(root, lists):
 
 
 def list_pascal(root, lists):
-    """Items of PASCAL VOC 2012 (Everingham et al., 2010), extended by SBD (Hariharan et al., 2011), as the lists name them.
+    """Items of PASCAL VOC 2012 (Everingham et al., 2010), and SBD (Hariharan et al., 2011), as the lists name them.
 
     Masks: SegmentationClass/ for the images that VOC annotated finely, SegmentationClassAug/ for all others.
     """
@@ -147,7 +147,7 @@ def list_cityscapes(root, lists):
 
 
 def mask_values(classes):
-    """(256,) uint8: the class of each value in a mask's file, from {value: class}; IGNORE, or NO_CLASS for any other."""
+    """(256,) uint8: the class of each value in a mask's file, from {value: class}; NO_CLASS for any other but 255."""
     values = np.full(256, NO_CLASS, np.uint8)
     for value, index in {IGNORE: IGNORE, **classes}.items():
         values[value] = index
@@ -155,11 +155,11 @@ def mask_values(classes):
 
 
 class Spec(NamedTuple):
-    """The facts of a dataset. Nothing about a dataset stands anywhere else."""
+    """The facts of a dataset; only its presets stand elsewhere, in train.py."""
 
     classes: tuple | None  # names by index; None: those of root/classes.txt
     list_items: Callable  # (root, folder of lists) -> {"train": [Item], "val": [Item], perhaps "test": [Item]}
-    values: dict  # end of a mask's name -> `mask_values`; {}: the class indices themselves
+    values: dict  # for each end of a mask's name its `mask_values`; {}: the values are the classes
     scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
 
 
@@ -184,7 +184,7 @@ DATASETS = {
     "folder": Spec(None, list_folder, {}),
     "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values({i: i for i in range(11)} | {11: IGNORE})}),
     "pascal": Spec(PASCAL_CLASSES, list_pascal, {}),
-    "cityscapes": Spec(tuple(name for name, *_, ignored in CITYSCAPES if not ignored), list_cityscapes, CITYSCAPES_VALUES),
+    "cityscapes": Spec(tuple(name for name, *_, off in CITYSCAPES if not off), list_cityscapes, CITYSCAPES_VALUES),
 }
 
 
@@ -204,8 +204,8 @@ class Data(NamedTuple):
 def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val")):
     """Lists a dataset and cuts its training images into labeled and unlabeled ones.
 
-    labeled: "all", a file or a list of image ids, or a number N: the list splits/<name>/N.txt where there is one, else N
-    images evenly spaced over the sorted ids of those that have a mask. unlabeled: the training images that are not labeled.
+    labeled: "all", a file or a list of image ids, or a number N: the list splits/<name>/N.txt, or, for datasets without
+    lists, N annotated images evenly spaced by id. unlabeled: the training images that are not labeled.
     use: the parts that will be read; only their files have to be there, and unlabeled images need no masks.
     Raises InputError for an unknown dataset, list or id, and for a part in use that is empty or lacks files.
     """
@@ -216,8 +216,8 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
     training = {"labeled", "unlabeled"} & set(use)
     if training and not items["train"]:
-        raise InputError(f"{name} under {root} has no training images; `python tools/prepare.py` says where to get them")
-    named = isinstance(labeled, (list, tuple))  # ids of a run, which are labeled also where nothing is read of them
+        raise InputError(f"{name} under {root} has no training images; docs/faq.md says where its files go")
+    named = isinstance(labeled, (list, tuple))  # a run's own ids; their files may be absent
     chosen = labeled_ids(name, items["train"], labeled, lists) if training else set(labeled if named else ())
     parts = ([item for item in items["train"] if (item.id in chosen) == wanted] for wanted in (True, False))
     data = Data(name, classes, spec.scales, values, *parts, items["val"], items.get("test", []))
@@ -231,7 +231,7 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
             if missing:
                 raise InputError(
                     f"{len(missing)} of {len(members)} {part} images of {name} have no {kind} under {root}, first "
-                    f"{', '.join(missing[:3])}; `python tools/prepare.py` says where to get them"
+                    f"{', '.join(missing[:3])}; docs/faq.md says where its files go"
                 )
     return data
 
@@ -246,7 +246,7 @@ def labeled_ids(name, items, labeled, lists):
         chosen = set(annotated)
     elif str(labeled).isdecimal() and not published:
         if not 1 <= int(labeled) <= len(annotated):
-            raise InputError(f"--labeled {labeled} is impossible; expected 1 to {len(annotated)}, the images with a mask")
+            raise InputError(f"--labeled {labeled} is impossible; expected 1 to {len(annotated)} images with a mask")
         chosen = {annotated[i * len(annotated) // int(labeled)] for i in range(int(labeled))}
     elif str(labeled).isdecimal() and int(labeled) not in published:
         raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
@@ -254,7 +254,7 @@ def labeled_ids(name, items, labeled, lists):
         chosen = set(id_list(lists / f"{labeled}.txt" if str(labeled).isdecimal() else labeled))
     unknown = sorted(chosen - {item.id for item in items})
     if unknown:
-        raise InputError(f"--labeled {labeled}: {len(unknown)} ids are no training images of {name}, first {unknown[0]}")
+        raise InputError(f"--labeled {labeled}: {len(unknown)} ids are not in the training images, first {unknown[0]}")
     return chosen
 
 
@@ -276,7 +276,7 @@ def open_image(path, mode):
     if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
         raise InputError(f"{path} is a {stored} image; convert it to 8 bits per channel")
     if mode != "RGB" and stored not in ("L", "P"):
-        raise InputError(f"mask {path} is a {stored} image; expected one class index per pixel (tools/own_images.py converts)")
+        raise InputError(f"mask {path} is a {stored} image; expected class indices, tools/own_images.py converts")
     return image
 
 
@@ -359,7 +359,7 @@ STRONG = v2.Compose(  # FixMatch's strong view of a weak one, with the field's u
 
 
 def strong_views(weak, seed, numbers):
-    """Color jitter, grey and blur of uint8 images (B,3,H,W), on their device; a pure function of (seed, number) for each.
+    """Color jitter, gray and blur of uint8 images (B,3,H,W), on their device; each a pure function of (seed, number).
 
     Geometry stays, so labels of the weak views fit. numbers: of the samples, see `sample_numbers`.
     """
@@ -374,8 +374,8 @@ def strong_views(weak, seed, numbers):
 def cutmix(rng, probability, images, *maps):
     """CutMix (Yun et al., 2019): a box of another image of the batch, and of its maps, is pasted into each image.
 
-    images (B,3,H,W), maps (B,H,W) each; an image is mixed with the given probability, with the next one of the batch; the
-    box covers half of the image in a random shape (French et al., 2020). Returns new tensors; a batch of one stays.
+    images (B,3,H,W), maps (B,H,W) each; an image is mixed with the next one of the batch, with the given probability;
+    the box covers half of the image in a random shape (French et al., 2020). Returns new tensors; a batch of one stays.
     """
     batch, height, width = maps[0].shape
     mixed = [tensor.clone() for tensor in (images, *maps)]
@@ -453,24 +453,25 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
     views = TrainingViews(data, crop, framework, seed)
     numbers = [sample_numbers(step, batch_size, rank, world) for step in steps]
     return DataLoader(
-        views, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_leave_group
+        views, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
     )
 
 
 def evaluation_loader(data, items, workers=0, rank=0, world=1):
-    """Whole images (1,3,H,W) with their masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
-
-    def tensors(item):
-        image, mask = read(item, data)
-        return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
-
+    """Whole images (1,3,H,W) with masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
     return DataLoader(
-        items[rank::world], batch_size=None, collate_fn=tensors, num_workers=workers, worker_init_fn=_leave_group
-    )
+        items[rank::world], batch_size=None, collate_fn=partial(_tensors, data), num_workers=workers,
+        worker_init_fn=own_process_group,
+    )  # fmt: skip
 
 
-def _leave_group(worker):
-    """Ctrl-C and a scheduler's signal go to the whole group of processes; the run ends its workers itself, when it is done."""
+def _tensors(data, item):
+    image, mask = read(item, data)
+    return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
+
+
+def own_process_group(worker):
+    """A process group of its own, so that Ctrl-C reaches only the main process, which ends its workers."""
     os.setpgrp()
 
 

@@ -135,15 +135,16 @@ def intersection_over_union(confusion, classes):
 def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=0, world=1):
     """Scores of a network in evaluation mode on items, counted over all processes.
 
-    {"miou", "boundary_miou", "pixel_accuracy": 0-100, "iou", "boundary_iou": {class: 0-100, or None}}; raises InputError
-    where no pixel has a label.
+    {"miou", "boundary_miou", "pixel_accuracy": 0-100, "iou", "boundary_iou": {class: 0-100, or None}}.
+    Raises InputError where no pixel has a label.
     """
     classes = len(data.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     boundaries = torch.zeros(classes + 1, classes + 1, dtype=torch.long, device=device)
     for image, label in evaluation_loader(data, items, workers, rank, world):
         if protocol.eval_mode == "center-crop":
-            image, label = (VF.center_crop(x, [min(protocol.crop, side) for side in x.shape[-2:]]) for x in (image, label))
+            size = [min(protocol.crop, side) for side in label.shape[-2:]]
+            image, label = VF.center_crop(image, size), VF.center_crop(label, size)
         label = label.to(device)
         prediction = predict(network, image.to(device), protocol).argmax(1)
         confusion += confusion_matrix(prediction, label, classes)
@@ -167,7 +168,8 @@ def table(scores):
     width = max(len(name) for name, *_ in rows)
     shown = [f"{'':{width}}       IoU  boundary"]
     for name, *values in rows:
-        shown.append(f"{name:{width}}" + "".join(f"{'absent' if value is None else f'{value:.2f}':>10}" for value in values))
+        numbers = ("absent" if value is None else f"{value:.2f}" for value in values)
+        shown.append(f"{name:{width}}" + "".join(f"{text:>10}" for text in numbers))
     return "\n".join([*shown, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
 
 
@@ -188,7 +190,7 @@ def label_options(args, prior=None):
 
 
 def label_counts(prob, pseudo, truth, valid, options):
-    """(8,) counts of pixels: valid, of known truth; then raw labels: kept, kept and known, right; then `pseudo`'s.
+    """(8,) counts of pixels: valid, annotated; then of raw labels and of `pseudo`: kept, kept and annotated, right.
 
     prob: what `pseudo` was decided from; raw: the labels without refinement, at the same threshold.
     """
@@ -203,7 +205,7 @@ def label_figures(counts):
     """Figs. 4 and 5 from the counts: shares of pixels, 0..1, with and without refinement.
 
     kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
-    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the pixels of known truth.
+    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the annotated pixels.
     """
     valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
     figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1)}
@@ -245,7 +247,8 @@ def overlay(image, label, dim=2, opacity=0.65):
     if not present:
         return image // dim
     colors = [tuple(palette()[c].tolist()) for c in present]
-    return draw_segmentation_masks(image // dim, torch.stack([label == c for c in present]), alpha=opacity, colors=colors)
+    masks = torch.stack([label == c for c in present])
+    return draw_segmentation_masks(image // dim, masks, alpha=opacity, colors=colors)
 
 
 def heat(conf, kind, num_classes):
@@ -256,8 +259,8 @@ def heat(conf, kind, num_classes):
 
 @torch.no_grad()
 def panel(network, data, items, device, args, prior=None, width=160):
-    """A (3,H,W) uint8 picture with a row per item: image, ground truth, teacher, confidence raw and refined, labels raw and
-    refined. The threshold is that of `image_threshold`; where a pixel has no pseudo-label the image shows, dimmed.
+    """A (3,H,W) uint8 picture with a row per item: image, ground truth, teacher, confidence raw and refined, labels raw
+    and refined. The threshold is that of `image_threshold`; where a pixel has no pseudo-label the image shows, dimmed.
     """
     options, kind, classes = label_options(args, prior), args["confidence"], len(data.classes)
     tiles = []
@@ -280,11 +283,11 @@ def panel_items(data, count=4):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the scripts' ends and arguments
+# command line
 
 
 def run_script(main):
-    """Runs main and ends the process: what the user can mend ends with its sentence and exit code 1."""
+    """Runs main and ends the process: a user's error is one sentence, a bug a traceback, both exit code 1."""
     code = 0
     try:
         main()
@@ -294,8 +297,10 @@ def run_script(main):
         code = 128 + signal.SIGINT
     except (InputError, OSError) as error:  # a loader's worker puts its traceback before the sentence
         code = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-    except Exception:
+    except Exception as error:
         code = traceback.format_exc()
+        if "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
+            code = "the connection to another process is lost; its own message, if any, says why"
     if isinstance(code, str):
         print(f"{Path(sys.argv[0]).name}: {code}", file=sys.stderr)
         code = 1
@@ -313,7 +318,8 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'more than' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            limit = f"{'more than' if above else 'at least'} {low}"
+            limit += f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
         return value
 
@@ -333,7 +339,7 @@ def parse_args(argv=None):
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
     add("--student", action="store_true", help="the student instead of the teacher")
-    add("--pseudo-labels", action="store_true", help="instead of scores: how many labels the unlabeled images get, and how right")
+    add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
     add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
@@ -346,7 +352,8 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint)
     run, prior, root = checkpoint["args"], checkpoint.get("prior"), args.root or checkpoint["args"]["root"]
     rank, world, device = start_processes(args.device)
-    network = load_network(checkpoint, "student" if args.student else "teacher").to(device, memory_format=torch.channels_last)
+    network = load_network(checkpoint, "student" if args.student else "teacher")
+    network = network.to(device, memory_format=torch.channels_last)
     part = "unlabeled" if args.pseudo_labels else args.split
     parts = ("labeled", "unlabeled") if part == "train" else (part,)
     data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
@@ -364,7 +371,8 @@ def main(args):
         text = table(result)
     if rank != 0:
         return
-    print(f"{args.checkpoint}, step {checkpoint['step']}: {len(items)} {part} images of {data.name}, {protocol.eval_mode}")
+    images = f"{len(items)} {part} images of {data.name}, {protocol.eval_mode}"
+    print(f"{args.checkpoint}, step {checkpoint['step']}: {images}")
     print(text)
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}

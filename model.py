@@ -49,9 +49,9 @@ ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et a
 
 
 def _reason(error):
-    """Half a sentence about an error of torch.load, whose own words may run over lines and advise to trust the file."""
+    """torch.load's error in few words; its own run over lines and advise to trust the file."""
     if isinstance(error, pickle.UnpicklingError):
-        return "it is none of torch.save's, or holds more than tensors and plain values"
+        return "it is not a torch.save file, or holds more than tensors and plain values"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -70,8 +70,8 @@ def encoder(name, weights="none"):
     except Exception as error:  # no network, no file, another network's weights, or no weights at all
         reason = _reason(error)
         raise InputError(
-            f"--weights {weights} could not be loaded into torchvision's {name} ({reason}); expected imagenet (which needs "
-            "a network the first time), none, or a file with its state dict"
+            f"--weights {weights} could not be loaded into torchvision's {name} ({reason}); expected imagenet (needs a "
+            "network the first time), none, or a file with its state dict"
         ) from error
     stages = list((net.features if hasattr(net, "features") else net).named_children())
     names = [stage for stage, _ in stages]
@@ -79,7 +79,7 @@ def encoder(name, weights="none"):
 
 
 def replace_stride_with_dilation(stages, output_stride):
-    """From where the stride would exceed output_stride, the stages compute the same values on a finer grid instead."""
+    """Replaces strides beyond output_stride by dilation, in place: the same values on a finer grid."""
     # torchvision's option of this name does the same for Bottleneck ResNets only; a test holds both side by side.
     stride, dilation = 1, 1
     for stage in stages:
@@ -123,7 +123,7 @@ class DeepLabV3Plus(nn.Module):
                 low = self.low_level(x)  # (B,48,H/4,W/4)
         context = F.interpolate(self.aspp(x), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
-        # float32, because bfloat16 would tie the margins; class after class, as all that follows goes through them.
+        # float32, because bfloat16 would tie the margins; contiguous, because refine.py goes from class to class.
         return F.interpolate(logits.float().contiguous(), size=images.shape[-2:], mode="bilinear")
 
 
@@ -158,7 +158,10 @@ def save_checkpoint(state, path):
     """Atomic write of a dictionary of tensors and plain values. Raises InputError where it cannot be written."""
     part = path.with_name(f"{path.name}.tmp")
     try:
-        torch.save(state | {"preprocessing": PREPROCESSING}, part)
+        with open(part, "wb") as file:
+            torch.save(state | {"preprocessing": PREPROCESSING}, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it replaces the last good one
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into RuntimeError
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ This file needs only PyTorch; it can be copied into another project as it is.
     beta_lm                     beta              number      0..1, Eq. 10
     kappa                       confidence        (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
     gamma_t                     threshold         0-d         like kappa
-    alpha_t, alpha_0            alpha, alpha0     number      0..1, share of the raw pixels below the threshold
+    alpha_t, alpha_0            alpha, alpha0     number      0..1, share of the raw pixels at or below the threshold
     y^_jk                       label             (B,H,W)     0..C-1, or 255 where the pixel is ignored
     (image, not padding)        valid             (B,H,W)     bool
 """
@@ -219,6 +219,8 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, ref
     if threshold is None:
         threshold = dpa_threshold(conf, alpha, valid)
     if refinement:
+        if valid is not None:  # padding is no neighbor: a union with 0 changes nothing
+            prob = prob.masked_fill(~valid[:, None], 0)
         conf, label = _ranked(refine(prob, **options), kind)
     keep = conf > threshold
     if valid is not None:

@@ -38,34 +38,37 @@ ANY = ("cpu", "cuda")
 SMALL = dict(crop=128, backbone="mobilenet_v2", iters=2000, batch_size=4, workers=1)
 LARGE = dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8)  # untuned
 PHOTOGRAPHS = dict(
-    weights="imagenet", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20, eval_mode="original",
+    weights="imagenet", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
+    eval_mode="original",
 )  # fmt: skip
 PRESETS = (
     ("shapes", ANY, "ours", dict(
-        labeled="24", crop=64, backbone="resnet10", weights="none", iters=1500, warmup_iters=300, batch_size=4, optimizer="sgd",
-        lr=0.02, head_lr=0.02, weight_decay=5e-4, workers=1, log_every=20, eval_mode="original", sup_loss="ce",
+        labeled="24", crop=64, backbone="resnet10", weights="none", iters=1500, warmup_iters=300, batch_size=4,
+        optimizer="sgd", lr=0.02, head_lr=0.02, weight_decay=5e-4, workers=1, log_every=20, eval_mode="original",
+        sup_loss="ce",
     )),
-    # Learning rates: tuned on supervised runs of SMALL, on 46 labeled images of CamVid, and, for folders, on 31 of PASCAL.
+    # Learning rates: tuned on supervised runs of SMALL, on 46 labeled images of CamVid and 31 of PASCAL, as a folder.
     ("camvid", ANY, "ours", PHOTOGRAPHS | dict(labeled="46", lr=0.0005, head_lr=0.005)),
     ("camvid", ("cpu",), "ours", SMALL), ("camvid", ("cuda",), "ours", LARGE),
     ("folder", ANY, "ours", PHOTOGRAPHS | dict(labeled="all", lr=0.0001, head_lr=0.001)),
     ("folder", ("cpu",), "ours", SMALL), ("folder", ("cuda",), "ours", LARGE),
     ("pascal", ANY, "paper", dict(  # Appendix D; 1/4 is the partition of Sec. 4.3
-        labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, optimizer="sgd", lr=0.001,
-        head_lr=0.01, weight_decay=1e-4, sup_loss="ce",
+        labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, optimizer="sgd",
+        lr=0.001, head_lr=0.01, weight_decay=1e-4, sup_loss="ce",
     )),
     ("pascal", ANY, "authors' code", dict(warmup_epochs=1)),
     ("pascal", ANY, "ours", dict(workers=4, log_every=20, eval_mode="original")),
     ("cityscapes", ANY, "paper", dict(  # Appendix D
-        labeled="744", crop=769, backbone="resnet101", weights="imagenet", epochs=80, batch_size=2, optimizer="sgd", lr=0.01,
-        head_lr=0.01, weight_decay=5e-4,
+        labeled="744", crop=769, backbone="resnet101", weights="imagenet", epochs=80, batch_size=2, optimizer="sgd",
+        lr=0.01, head_lr=0.01, weight_decay=5e-4,
     )),
     ("cityscapes", ANY, "authors' code", dict(warmup_epochs=1)),
     ("cityscapes", ANY, "common practice", dict(eval_mode="sliding", sup_loss="ohem")),
     ("cityscapes", ANY, "ours", dict(workers=4, log_every=20)),
 )  # fmt: skip
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
-MAY_CHANGE = set("resume out root splits workers device log_every eval_every save_every compile tensorboard".split())
+MAY_CHANGE = set("resume out root splits workers device log_every eval_every eval_steps save_every compile".split())
+MAY_CHANGE.add("tensorboard")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules and losses
@@ -87,8 +90,8 @@ def count(mask):
 def cross_entropy(logits, label, divisor):
     """Eqs. 2-3: the sum over the labeled pixels of all processes, divided by `divisor`, 0-d.
 
-    logits (B,C,H,W), label (B,H,W) with 255 = not labeled. The value is this process's part times the number of
-    processes, for DistributedDataParallel averages: N processes equal one with the whole batch.
+    logits (B,C,H,W), label (B,H,W) with 255 = not labeled. Scaled by the number of processes, because
+    DistributedDataParallel averages gradients: N processes equal one process with the whole batch.
     """
     total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
     return total * (dist.get_world_size() if dist.is_initialized() else 1) / divisor.clamp(min=1)
@@ -96,10 +99,11 @@ def cross_entropy(logits, label, divisor):
 
 @torch.no_grad()
 def hard_pixels(logits, label, sure=0.7, per_image=50_000):
-    """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure already.
+    """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure.
 
-    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the hardest
-    B * per_image pixels of this process. Both numbers are common practice on Cityscapes, there 100,000 for two images.
+    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the
+    hardest B * per_image pixels of this process. Both numbers are common practice on
+    Cityscapes, there 100,000 for two images.
     """
     own = logits.softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
     prob = own.masked_fill(label == IGNORE, torch.inf)
@@ -128,9 +132,8 @@ def main(args):
     rank, world, device = start_processes(args.device)
     fill_presets(args, device)
     out, supervised = Path(args.out), args.framework == "supervised"
-    data = open_dataset(
-        args.dataset, args.root, args.labeled, args.splits, ("labeled", "val") if supervised else ("labeled", "unlabeled", "val")
-    )
+    parts = ("labeled", "val") if supervised else ("labeled", "unlabeled", "val")
+    data = open_dataset(args.dataset, args.root, args.labeled, args.splits, parts)
     settle_length(args, data, world)
     checkpoint = find_checkpoint(args, data)
 
@@ -144,8 +147,7 @@ def main(args):
     if world > 1 and device.type == "cuda":
         student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    backbone = {id(parameter) for parameter in student.backbone.parameters()}
-    head = [parameter for parameter in student.parameters() if id(parameter) not in backbone]
+    head = [parameter for name, parameter in student.named_parameters() if not name.startswith("backbone.")]
     groups = [{"params": [*student.backbone.parameters()], "base": args.lr}, {"params": head, "base": args.head_lr}]
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": device.type == "cuda"}
     if args.optimizer == "sgd":
@@ -159,17 +161,18 @@ def main(args):
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["teacher"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    forward, predict, label = student, teacher, pseudo_labels
+        checkpoint = None  # as large as networks and optimizer together
+    run_student, run_teacher, make_labels = student, teacher, pseudo_labels
     if world > 1:
-        forward = DistributedDataParallel(student, broadcast_buffers=False)
+        run_student = DistributedDataParallel(student, broadcast_buffers=False)
     if args.compile:
-        predict, label = torch.compile(teacher, dynamic=False), torch.compile(pseudo_labels)
+        run_teacher, make_labels = torch.compile(teacher, dynamic=False), torch.compile(pseudo_labels)
         if world == 1 or device.type == "cpu":  # SyncBatchNorm breaks the graph at every layer
-            forward = torch.compile(forward, dynamic=False)
+            run_student = torch.compile(run_student, dynamic=False)
     options = label_options(vars(args), prior)
     loader = training_loader(
-        data, range(first, args.iters), args.batch_size, args.crop, args.framework, args.seed, args.workers, rank, world,
-        pin_memory=device.type == "cuda",
+        data, range(first, args.iters), args.batch_size, args.crop, args.framework, args.seed, args.workers,
+        rank, world, pin_memory=device.type == "cuda",
     )  # fmt: skip
     board = open_run(args, data, first, rank, device)
     stop = []  # the stop signals that have come; looked at when the run logs
@@ -196,19 +199,19 @@ def main(args):
                     numbers = sample_numbers(step, args.batch_size, rank, world)
                     strong = normalize(strong_views(batch["weak"], args.seed, numbers))
                 with torch.no_grad():
-                    prob = predict(weak).softmax(1)  # (B,C,H,W)
+                    prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
                 alpha = dpa_alpha(step, args.iters, args.alpha0)  # Eq. 6
-                pseudo = label(prob, alpha, valid=valid, **options)  # Eqs. 4-10
-                strong, target, valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
-                logits_x, logits_u = forward(torch.cat([x, strong])).split([len(x), len(strong)])
+                pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
+                strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
+                logits_x, logits_u = run_student(torch.cat([x, strong])).split([len(x), len(strong)])
             else:
-                logits_x = forward(x)
+                logits_x = run_student(x)
         if args.sup_loss == "ohem":
             y = hard_pixels(logits_x, y)
         loss = loss_x = cross_entropy(logits_x, y, count(y != IGNORE))  # Eq. 2
         loss_u = torch.zeros_like(loss_x)
         if unlabeled:
-            kept, total = count(target != IGNORE), count(valid)
+            kept, total = count(target != IGNORE), count(mixed_valid)
             divisor = {"kept": kept, "valid": total, "authors": kept * (kept / total.clamp(min=1))}[args.unsup_norm]
             loss_u = cross_entropy(logits_u, target, divisor)  # Eq. 3
             loss = loss_x + args.lambda_u * loss_u  # Eq. 1
@@ -225,19 +228,18 @@ def main(args):
         evaluating = done == args.iters or done % args.eval_steps == 0
         if not (evaluating or done % args.log_every == 0 or (stop and world == 1)):
             continue
-        state = torch.cat([losses, losses.new_tensor([max(stop, default=0)])])
         if world > 1:
-            dist.all_reduce(state[:3])
-            dist.all_reduce(state[3:], dist.ReduceOp.MAX)
-        mean = (state[:3] / (world * (done - logged))).tolist()
+            dist.all_reduce(losses)
+        mean = (losses / (world * (done - logged))).tolist()
         if not math.isfinite(mean[0]):
             raise InputError(
-                f"the loss is {mean[0]} between the steps {logged + 1} and {done}; {last_good(out)}; lower --lr and --head-lr"
+                f"the loss is {mean[0]} between the steps {logged + 1} and {done}; {last_good(out)}; "
+                "lower --lr and --head-lr"
             )
-        record = {"event": "train", "step": done, "epoch": done / args.steps_per_epoch, "lr": optimizer.param_groups[0]["lr"]}
-        record |= {"loss": mean[0], "loss_x": mean[1]}
+        record = {"event": "train", "step": done, "epoch": done / args.steps_per_epoch}
+        record |= {"lr": optimizer.param_groups[0]["lr"], "loss": mean[0], "loss_x": mean[1]}
         if unlabeled:
-            counts = label_counts(prob, pseudo, batch["truth"], batch["valid"], options)
+            counts = label_counts(prob, pseudo, batch["truth"], valid, options)
             if world > 1:
                 dist.all_reduce(counts)
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
@@ -260,11 +262,14 @@ def main(args):
             VF.to_pil_image(picture).save(out / "panels" / f"step-{done:06d}.png")
             if board:
                 board.add_image("panel", picture, done)
-        stopping = int(state[3])
-        # After an evaluation, never before it: a run that is resumed would leave it out.
+        stopping = torch.tensor(max(stop, default=0), device=device)  # that of any process
+        if world > 1:
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+        stopping = stopping.item()
+        # Saved after evaluating, or a resumed run would skip that evaluation.
         if rank == 0 and (evaluating or stopping or time.monotonic() - saved > 60 * args.save_every):
             if not all(parameter.isfinite().all() for parameter in student.parameters()):
-                raise InputError(f"step {done} left weights that are not finite; {last_good(out)}; lower --lr and --head-lr")
+                raise InputError(f"weights are not finite after step {done}; {last_good(out)}; lower --lr, --head-lr")
             run = {
                 "step": done, "best": best, "args": vars(args), "classes": list(data.classes), "prior": prior,
                 "labeled": [item.id for item in data.labeled], "unlabeled": [item.id for item in data.unlabeled],
@@ -288,8 +293,8 @@ def main(args):
 
 
 def settle_length(args, data, world):
-    """Epochs into steps: iters, warmup_iters, eval_steps. An epoch is a pass over the unlabeled images, or, in a supervised
-    run, over the labeled ones. Raises InputError for a batch that BatchNorm cannot be trained on."""
+    """Epochs into steps: steps_per_epoch, iters, warmup_iters, eval_steps. An epoch is a pass over the unlabeled
+    images, in a supervised run over the labeled ones. Raises InputError for a batch of one or an endless warm-up."""
     images = data.labeled if args.framework == "supervised" else data.unlabeled
     args.steps_per_epoch = math.ceil(len(images) / (args.batch_size * world))
     if not args.iters:
@@ -304,28 +309,29 @@ def settle_length(args, data, world):
         raise InputError("--batch-size 1 leaves BatchNorm a single value in a batch of labeled images; use 2 or more")
     if args.framework != "supervised" and args.warmup_iters >= args.iters:
         raise InputError(
-            f"the warm-up of {args.warmup_iters} steps leaves no step of {args.iters} for unlabeled images; lower --warmup-iters"
+            f"the warm-up of {args.warmup_iters} steps leaves no step of {args.iters} for unlabeled images; "
+            "lower --warmup-iters"
         )
 
 
 def find_checkpoint(args, data):
-    """With --resume the last checkpoint of --out, or None where there is none. Raises InputError for another run's folder."""
+    """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
     out, last = Path(args.out), Path(args.out) / "last.pth"
     if not args.resume:
         if (out / "args.json").exists():
-            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another folder with --out")
+            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
         return None
     if not last.exists():
         return None
     checkpoint = load_checkpoint(last)
     saved, now = checkpoint["args"], vars(args)
-    changed = [name for name in now if name not in MAY_CHANGE | {"eval_steps"} and saved.get(name) != now[name]]
+    changed = [name for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
     changes = [f"{name} was {saved.get(name)} and is {now[name]}" for name in changed]
     for part in ("labeled", "unlabeled"):
         if checkpoint[part] != [item.id for item in getattr(data, part)]:
             changes.append(f"the {part} images are others")
     if changes or checkpoint["classes"] != list(data.classes):
-        raise InputError(f"--resume: {out} is another run: {', '.join(changes) or 'other classes'}; choose another --out")
+        raise InputError(f"--resume: {out} is another run, {', '.join(changes) or 'other classes'}; use another --out")
     return checkpoint
 
 
@@ -339,7 +345,7 @@ def open_run(args, data, first, rank, device):
         steps = torch.tensor([first, -first], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps[0] != -steps[1]:
-            raise InputError(f"--resume: the processes find different checkpoints in {out}; use a folder that all machines see")
+            raise InputError(f"--resume: the processes find different checkpoints in {out}; use a shared folder")
     if rank != 0:
         return None
     (out / "panels").mkdir(parents=True, exist_ok=True)
@@ -353,8 +359,10 @@ def open_run(args, data, first, rank, device):
     settled = vars(args) | versions | {"commit": git.stdout.strip() or None}
     (out / "args.json").write_text(json.dumps(settled, indent=2) + "\n")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{data.name}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images")
-    print(f"{args.framework}, {args.backbone} on {world} x {name}; {args.iters} steps of {args.batch_size} labeled", end="")
+    sizes = [len(data.labeled), len(data.unlabeled), len(data.val)]
+    print(f"{data.name}: {sizes[0]} labeled, {sizes[1]} unlabeled, {sizes[2]} validation images")
+    print(f"{args.framework}, {args.backbone} on {world} x {name}; ", end="")
+    print(f"{args.iters} steps of {args.batch_size} labeled", end="")
     if args.framework != "supervised":
         print(f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only", end="")
     print(f"\n{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
@@ -446,14 +454,14 @@ def parse_args(argv=None):
     add("--labeled", help="number of labeled images, a file of their ids, or all")
     add("--splits", help="folder of published lists, <dataset>/<N>.txt; default: the one beside this file")
     add("--crop", type=number(int, 32), help="side of the square training views, pixels")
-    add("--workers", type=number(int, 0), help="loader processes of each process")
+    add("--workers", type=number(int, 0), help="data-loading workers of each process")
 
     add = parser.add_argument_group("method").add_argument
     add("--framework", choices=("fixmatch", "cutmixseg", "supervised"), default="fixmatch",
-        help="strong view: colors [FixMatch] and CutMix, or only CutMix [paper]; supervised: only the labeled images")  # fmt: skip
+        help="strong view: colors and CutMix [FixMatch], CutMix [paper]; supervised: only labeled images")
     add("--refinement", action=switch, default=True, help="Eqs. 7-10; without: the baseline [paper]")
-    add("--neighborhood", type=lambda text: text if text == "cross" else int(text), choices=(3, 5, 7, "cross"), default=3,
-        help="N x N neighbors, or the four beside the pixel [paper: 3; authors' code: cross]")  # fmt: skip
+    add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
+        choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
     add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
@@ -461,12 +469,11 @@ def parse_args(argv=None):
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add("--threshold", type=float, help="a fixed one, in place of Eq. 6 [FixMatch: 0.95, of --confidence max]")
+    add("--threshold", type=float, help="fixed, in place of Eq. 6 [FixMatch: 0.95 with --confidence max]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept",
-        help="the unlabeled loss is a sum over the kept pixels, divided by their number: few pixels weigh as much as many "
-        "[paper, Eq. 3]; by that of all valid pixels: few weigh little [FixMatch]; by kept^2 / valid: few weigh more than many "
-        "[authors' code]")  # fmt: skip
+        help="divides the sum over the kept pixels: by their number, few weigh as much as many [paper, Eq. 3]; by all "
+        "valid pixels, few weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
     add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
     add("--cutmix", type=share, default=0.5, help="probability of CutMix, Appendix D [paper], for each image [ours]")
     add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [authors' code: 1]")
@@ -478,12 +485,12 @@ def parse_args(argv=None):
     add("--output-stride", type=int, choices=(16, 8), default=16, help="8 needs more memory [authors' code: 8]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: over the labeled, 1,000 steps or more")
+    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: the labeled, 1,000 steps or more")
     add("--iters", type=natural, help="steps, in place of --epochs; compares a supervised run at equal length")
     add("--batch-size", type=natural, help="labeled and unlabeled images each, per process")
     add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9 [paper], or AdamW [ours]")
-    add("--lr", type=positive, help="of the encoder")
-    add("--head-lr", type=positive, help="of everything else")
+    add("--lr", type=positive, help="learning rate of the encoder")
+    add("--head-lr", type=positive, help="learning rate of everything else")
     add("--weight-decay", type=number(float, 0), help="of all parameters")
     add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: only their hard pixels")
     add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, Appendix D [paper]")
@@ -493,9 +500,9 @@ def parse_args(argv=None):
     add("--amp", action=switch, help="bfloat16 autocast; default: on CUDA")
     add("--compile", action=switch, default=False, help="torch.compile teacher, pseudo-labels and, on one GPU, student")
     add("--deterministic", action=switch, default=False, help="ask for deterministic CUDA kernels; the CPU's are")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--eval-every", type=natural, help="epochs between evaluations, each with a checkpoint; default: a tenth of the run")
-    add("--eval-mode", choices=EVAL_MODES, help="at original size, in sliding windows of --crop, or its center crop")
+    add("--seed", type=number(int, 0), default=0, help="random seed")
+    add("--eval-every", type=natural, help="epochs between evaluations; default: a tenth of the run")
+    add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows of --crop, center crop of --crop")
     add("--log-every", type=natural, help="steps between log lines")
     add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
     add("--tensorboard", action=switch, default=False, help="log and panels for TensorBoard too")
@@ -503,7 +510,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out; starts it where there is no checkpoint yet")
     args = parser.parse_args(argv)
     if (args.epochs and args.iters) or None not in (args.warmup_epochs, args.warmup_iters):
-        parser.error("--epochs and --iters set the same length, as do --warmup-epochs and --warmup-iters; expected one of them")
+        parser.error("--epochs and --iters are the same length, as are their --warmup-...; expected one of them")
     return args
 
 

@@ -117,7 +117,7 @@ def test_without_a_network_the_imagenet_weights_get_one_sentence(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    says = r"resnet18 \(no route to host\); .* needs a network the first time"
+    says = r"resnet18 \(no route to host\); .*needs a network the first time"
     one_sentence(lambda: encoder("resnet18", "imagenet"), says)
 
 
@@ -176,6 +176,10 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     assert (loaded["args"], loaded["classes"], loaded["step"]) == ({"lr": 0.1}, ["a", "b"], 1)
 
 
+def refuse(handle):
+    raise PermissionError("not permitted")
+
+
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("full", [True, False], ids=["full", "not to be written to"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full, before):
@@ -187,7 +191,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full,
     if full:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     else:  # a test that runs as root may write everywhere
-        monkeypatch.setattr(torch, "save", lambda _, file: open("/proc/version", "wb"))
+        monkeypatch.setattr(M.os, "fsync", refuse)
     try:
         kept = "the one before is kept" if before else "there was none before"
         says = rf"last\.pth could not be written \(.+\), {kept}; make room, then use --resume"

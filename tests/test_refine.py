@@ -331,3 +331,10 @@ for options in ({}, {"kind": "entropy", "refinement": False}, {"neighbors": 2, "
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_padding_is_no_neighbor():
+    prob, valid = random_prob(1, 3, 6, 6), torch.ones(1, 6, 6, dtype=torch.bool)
+    valid[..., 4:] = False
+    padded, image = pseudo_labels(prob, None, threshold=0.2, valid=valid), pseudo_labels(prob[..., :4], None, threshold=0.2)
+    assert torch.equal(padded.label[..., :4], image.label) and torch.equal(padded.confidence[..., :4], image.confidence)

@@ -318,8 +318,8 @@ def test_every_framework_trains_with_and_without_refinement(run, tmp_path, frame
 @pytest.mark.parametrize("options", [
     "--neighborhood cross", "--neighborhood 7 --neighbors 2", "--select min", "--select random", "--dilation 4",
     "--no-distance-weight", "--prior", "--confidence max", "--confidence entropy", "--threshold 0.01",
-    "--output-stride 8", "--amp", "--deterministic", "--ema 0", "--eval-mode sliding", "--eval-mode center-crop", "--sup-loss ohem",
-    "--labeled 1 --batch-size 8", "--batch-size 1",
+    "--output-stride 8", "--amp", "--deterministic", "--ema 0", "--eval-mode sliding", "--eval-mode center-crop",
+    "--sup-loss ohem", "--labeled 1 --batch-size 8", "--batch-size 1",
 ])  # fmt: skip
 def test_every_option_trains(run, tmp_path, options):
     run(f"--iters 2 {options}")
@@ -540,22 +540,22 @@ def test_two_processes_go_on_by_themselves_when_one_is_killed_and_resume_when_al
 def test_a_run_is_never_overwritten_nor_continued_with_other_arguments_or_images(run, finished, tmp_path, root):
     before = (finished / "last.pth").read_bytes()
     options = f"--iters 4 --eval-every 1 --out {finished}"
-    with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose another folder"):
+    with pytest.raises(InputError, match="already holds a run; continue it with --resume, or choose another"):
         run(options)
-    with pytest.raises(InputError, match="is another run: alpha0 was 0.4 and is 0.2, seed was 0 and is 1; choose"):
+    with pytest.raises(InputError, match="is another run.* alpha0 was 0.4 and is 0.2, seed was 0 and is 1;"):
         run(f"{options} --resume --alpha0 0.2 --seed 1")
     with pytest.raises(InputError, match="iters was 4 and is 5"):
         run(f"{options} --resume --iters 5")
     (tmp_path / "others.txt").write_text("train1\ntrain2\n")
     with pytest.raises(
-        InputError, match="labeled was 2 and is .*others.txt, the labeled images are others, the unlabeled"
+        InputError, match="labeled was 2 and is .*others.txt, the labeled images are others"
     ):
         run(f"{options} --resume --labeled {tmp_path / 'others.txt'}")
     tree = camvid(tmp_path / "camvid")
     for name in ("train/train5.png", "trainannot/train5.png"):
         (tree / name).rename((tree / name).with_name("train6.png"))
     with pytest.raises(
-        InputError, match=f"{finished} is another run: the unlabeled images are others; choose another --out"
+        InputError, match=f"{finished} is another run.* the unlabeled images are others;"
     ):
         run(f"{options} --resume --root {tree}")
     assert (finished / "last.pth").read_bytes() == before
@@ -631,7 +631,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr(T, "update_teacher", poisoned)
     with pytest.raises(
-        InputError, match="step 4 left weights that are not finite; .*last.pth is the last good checkpoint"
+        InputError, match="weights .*not finite.*last.pth is the last good checkpoint"
     ):
         run("--iters 8 --eval-every 1")
     assert torch.load(tmp_path / "run" / "last.pth", weights_only=True)["step"] == 2
