@@ -176,7 +176,7 @@ def test_bad_partitions_and_roots_get_one_sentence(tmp_path):
         (7, "--labeled 7 is impossible; expected 1 to 6 images with a mask"),
         (0, "--labeled 0 is impossible; expected 1 to 6 images with a mask"),
         ("no.txt", "the list no.txt is not there, or empty; expected one image id per line"),
-        (tmp_path / "list.txt", r"2 ids are no training images of camvid, first \.\./\.\./etc/passwd"),
+        (tmp_path / "list.txt", r"2 ids are not in the training images, first \.\./\.\./etc/passwd"),
         ("all", r"camvid under \S+ has no unlabeled images; use --framework supervised, or fewer labels"),
     ):
         with pytest.raises(InputError, match=says):
@@ -226,7 +226,7 @@ def test_folders_may_be_nested_and_val_txt_names_the_validation_images(tmp_path)
     assert ids(data.val) == ["trip/photo 3", "trip/photo 1"] and ids(data.labeled) == ["trip/photo 0", "trip/photo 2"]
     assert ids(data.unlabeled) == ["trip/photo 4", "trip/photo 5"]
     (root / "val.txt").write_text("photo 77\n")
-    with pytest.raises(InputError, match=r"val\.txt names photo 77, and there is no such file in images/; correct"):
+    with pytest.raises(InputError, match=r"val\.txt names photo 77, which is not in images/; correct"):
         open_dataset("folder", root, "all")
     (root / "val.txt").write_text("trip/photo 5\n")
     with pytest.raises(InputError, match="1 of 1 val images of folder have no mask under .*, first trip/photo 5"):
