@@ -26,6 +26,7 @@ declare -A options=(
         for method in s4mc supervised dpa; do echo "shapes-24-$method-$seed --seed $seed ${options[$method]}"; done
         echo "shapes-24-supervised-long-$seed --seed $seed ${options[supervised]} --iters 3000"
     done
+    for seed in 3 4; do echo "shapes-24-s4mc-$seed --seed $seed"; done
     if [ -n "${ANIMALS:-}" ]; then
         for labels in 31 104; do
             list="$ANIMALS/lists/$([ $labels = 31 ] && echo 92 || echo 366).txt"

@@ -173,7 +173,7 @@ def test_a_signal_in_an_evaluation_waits_for_its_scores(tmp_path, start, root, w
     run.wait(lambda: run.reads(many / "val"))
     os.killpg(run.process.pid, signal.SIGINT)
     code, said = run.end(180)
-    assert code == 130 and len(said) == 1 and "SIGINT: saved step 3 to" in said[0]  # the step after the evaluation
+    assert code == 130 and len(said) == 1 and "SIGINT: saved step 2 to" in said[0]  # right after the evaluation
     assert "step 2/10  teacher's mIoU" in run.output.read_text()
 
 
