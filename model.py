@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
@@ -212,5 +213,9 @@ def start_processes(wanted="auto"):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Within one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
+        store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device

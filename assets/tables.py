@@ -22,7 +22,7 @@ METHODS = {
     "s4mc": "**S4MC**",
 }
 NOTES = {
-    "animals": "A folder of 3,131 training and 223 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or "
+    "animals": "A folder of 3,131 training and 218 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or "
     "sheep, 240 pixels on the long side, 7 classes; labeled: the published list of 92 (366) cut to them. The encoder starts from "
     "Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in place of torchvision's ImageNet weights.",
     "shapes": "Drawn images, `python train.py`; nothing is pretrained.",
