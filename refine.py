@@ -78,8 +78,9 @@ def offsets(neighborhood, dilation=1, distance_weight=True):
 
 
 def refine(
-    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
-):
+    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None,
+    guide=None, guide_sigma=0.1,
+):  # fmt: skip
     """Eqs. 7-10, Sec. 3.2.1: the probability of each class that the pixel or its best neighbor belongs to it.
 
     refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
@@ -90,7 +91,10 @@ def refine(
         "random" one position per pixel among those inside the image, the same for all classes (Table 4a).
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
-    generator: for "random", on prob's device. Raises ValueError on options it does not know.
+    generator: for "random", on prob's device.
+    guide (B,G,H,W), 0..1 [ours]: features of the image, say its colors; beta is multiplied by
+        exp(-|guide_jk - guide_lm|^2 / (2 guide_sigma^2)), as in a bilateral filter, so that context stops at edges.
+    Raises ValueError on options it does not know.
     """
     if prob.dim() != 4:
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
@@ -107,6 +111,12 @@ def refine(
     def neighbor(around, dy, dx):
         """The (…,H,W) view of a padded tensor that holds each pixel's neighbor (dy, dx)."""
         return around[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+    if guide is not None:
+        around = F.pad(guide, [reach] * 4)
+        apart = [(neighbor(around, dy, dx) - guide).square().sum(1, keepdim=True) for dy, dx, _ in grid]  # (B,1,H,W)
+        likeness = [torch.exp(distance / (-2 * guide_sigma**2)) for distance in apart]
+        grid = [(dy, dx, beta * like) for (dy, dx, beta), like in zip(grid, likeness)]
 
     if select == "max" and neighbors == 1 and prior is None:
         unions = []
@@ -160,10 +170,13 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
     return agreeing / pairs.clamp(min=1)
 
 
-def dpa_alpha(step, total_steps, alpha0=0.4):
-    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b."""
+def dpa_alpha(step, total_steps, alpha0=0.4, alpha_end=0.0):
+    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b.
+
+    alpha_end [ours]: where it ends in place of 0, which trains on every pixel, right or wrong.
+    """
     # Paper: t counts iterations. Authors' code: epochs. Here: iterations.
-    return alpha0 * (1 - step / total_steps)
+    return alpha_end + (alpha0 - alpha_end) * (1 - step / total_steps)
 
 
 @torch.compiler.disable

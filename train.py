@@ -68,7 +68,7 @@ PRESETS = (
 )  # fmt: skip
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
 MAY_CHANGE = set("resume out root splits workers device log_every eval_every eval_steps save_every compile".split())
-MAY_CHANGE.add("tensorboard")
+MAY_CHANGE |= {"tensorboard", "keep_checkpoints"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules and losses
@@ -200,7 +200,7 @@ def main(args):
                     strong = normalize(strong_views(batch["weak"], args.seed, numbers))
                 with torch.no_grad():
                     prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
-                alpha = dpa_alpha(step, args.iters, args.alpha0)  # Eq. 6
+                alpha = dpa_alpha(step, args.iters, args.alpha0, args.alpha_end)  # Eq. 6
                 pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
                 strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
                 logits_x, logits_u = run_student(torch.cat([x, strong])).split([len(x), len(strong)])
@@ -277,6 +277,8 @@ def main(args):
             }  # fmt: skip
             for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
                 save_checkpoint(run, out / name)
+            if args.keep_checkpoints and evaluating:
+                save_checkpoint(run, out / f"step-{done:06d}.pth")
             saved = time.monotonic()
         if stopping:
             if rank == 0:
@@ -469,6 +471,7 @@ def parse_args(argv=None):
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
+    add("--alpha-end", type=share, default=0.0, help="the same at the end [paper: 0]")
     add("--threshold", type=float, help="fixed, in place of Eq. 6 [FixMatch: 0.95 with --confidence max]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept",
@@ -505,6 +508,7 @@ def parse_args(argv=None):
     add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows of --crop, center crop of --crop")
     add("--log-every", type=natural, help="steps between log lines")
     add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
+    add("--keep-checkpoints", action=switch, default=False, help="keep that of every evaluation, as step-N.pth")
     add("--tensorboard", action=switch, default=False, help="log and panels for TensorBoard too")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out; starts it where there is no checkpoint yet")

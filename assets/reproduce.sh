@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Repeats the runs behind docs/results.md. A finished run is not run again, an interrupted one goes on.
 #
-#     bash assets/reproduce.sh                                       # drawn shapes
-#     ANIMALS=DIR WEIGHTS=FILE bash assets/reproduce.sh              # also photographs, see docs/results.md
+#     bash assets/reproduce.sh                                            # drawn shapes
+#     ANIMALS=DIR CAMVID=DIR WEIGHTS=FILE bash assets/reproduce.sh        # also photographs, see docs/results.md
 #
-# PARALLEL runs at a time (2), each with one thread.
+# PARALLEL runs at a time (2), each with one thread. ONLY is a pattern of names, say ONLY='camvid-*'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python}
@@ -20,23 +20,43 @@ mkdir -p runs assets/logs
 declare -A options=(
     [supervised]="--framework supervised" [fixmatch]="--no-refinement --confidence max --threshold 0.95 --unsup-norm valid"
     [dpa]="--no-refinement" [refined-fixed]="--confidence max --threshold 0.95" [s4mc]=""
+    [cutmixseg-dpa]="--framework cutmixseg --no-refinement" [cutmixseg-s4mc]="--framework cutmixseg"
+    [floor]="--alpha-end 0.2"
+    [cross]="--neighborhood cross" [5x5]="--neighborhood 5" [7x7]="--neighborhood 7" [two]="--neighbors 2"
+    [min]="--select min" [random]="--select random" [prior]="--prior" [dilation4]="--dilation 4"
+    [alpha20]="--alpha0 0.2" [alpha60]="--alpha0 0.6" [alpha80]="--alpha0 0.8"
+    [max]="--confidence max" [entropy]="--confidence entropy"
 )
+job() {  # DATASET LABELS METHOD SEED
+    local name="$1-$2-$3-$4" arguments="--seed $4 ${options[$3]}" list
+    [[ $name == ${ONLY:-*} ]] || return 0
+    case $1 in
+        animals)
+            [ -n "${ANIMALS:-}" ] || return 0
+            [ "$2" = 31 ] && list=92 || list=366
+            arguments+=" --dataset folder --root $ANIMALS --labeled $ANIMALS/lists/$list.txt" ;;
+        camvid)
+            [ -n "${CAMVID:-}" ] || return 0
+            arguments+=" --dataset camvid --root $CAMVID --labeled $2" ;;
+    esac
+    [ "$1" = shapes ] || arguments+=" --weights $WEIGHTS --iters 1000 --warmup-iters 150 --keep-checkpoints"
+    echo "$name $arguments"
+}
 {
     for seed in 0 1 2; do
-        for method in s4mc supervised dpa; do echo "shapes-24-$method-$seed --seed $seed ${options[$method]}"; done
-        echo "shapes-24-supervised-long-$seed --seed $seed ${options[supervised]} --iters 3000"
+        for method in s4mc supervised dpa; do job shapes 24 $method $seed; done
     done
-    for seed in 3 4; do echo "shapes-24-s4mc-$seed --seed $seed"; done
-    if [ -n "${ANIMALS:-}" ]; then
-        for labels in 31 104; do
-            list="$ANIMALS/lists/$([ $labels = 31 ] && echo 92 || echo 366).txt"
-            for seed in 0 1 2; do
-                for method in s4mc supervised dpa fixmatch refined-fixed; do
-                    echo "animals-$labels-$method-$seed --dataset folder --root $ANIMALS --labeled $list --weights $WEIGHTS" \
-                        "--seed $seed ${options[$method]}"
-                done
-            done
-        done
-    fi
+    for seed in 3 4; do job shapes 24 s4mc $seed; done
+    for seed in 0 1 2; do
+        for method in s4mc supervised dpa; do job animals 31 $method $seed; done
+        for method in s4mc supervised dpa; do job camvid 46 $method $seed; done
+        for method in fixmatch refined-fixed floor; do job animals 31 $method $seed; done
+        job camvid 46 floor $seed
+    done
+    for seed in 0 1 2; do
+        for method in s4mc supervised dpa fixmatch refined-fixed; do job animals 104 $method $seed; done
+        for method in cutmixseg-dpa cutmixseg-s4mc; do job animals 31 $method $seed; done
+    done
+    for method in cross 5x5 7x7 two min random prior dilation4 alpha20 alpha60 alpha80 max entropy; do job animals 31 $method 0; done
 } | xargs -P "${PARALLEL:-2}" -L 1 bash -c 'run "$@"' run
 "$PYTHON" assets/tables.py

@@ -23,8 +23,8 @@ def random_prob(batch=2, classes=4, height=6, width=5, seed=0):
     return (2 * logits).softmax(1)
 
 
-def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None):
-    """Eqs. 7-10 and 14-16 as the paper says them, one pixel and class at a time."""
+def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None, guide=None, sigma=0.1):
+    """Eqs. 7-10 and 14-16 as the paper says them, one pixel and class at a time; the guide's share of beta as ours."""
     batch, classes, height, width = prob.shape
     out = prob.clone()
     for b, c, y, x in itertools.product(*map(range, prob.shape)):
@@ -35,6 +35,9 @@ def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None):
             for dy, dx, beta in left:
                 q = prob[b, c, y + dy, x + dx].item()
                 joint = p * q if prior is None else max(p * q, p * prior[c].item())
+                if guide is not None:
+                    apart = math.dist(guide[b, :, y, x].tolist(), guide[b, :, y + dy, x + dx].tolist())
+                    beta = beta * math.exp(-(apart**2) / (2 * sigma**2))
                 unions.append(p + beta * (q - joint))
             if not unions:
                 break
@@ -72,6 +75,21 @@ def test_refinement_equals_a_plain_loop_over_pixels(neighborhood, select, neighb
             fast = refine(prob, neighborhood, neighbors, select, prior, weight, dilation)
             slow = refine_pixel_by_pixel(prob, offsets(neighborhood, dilation, weight), neighbors, select, prior)
             torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("select", ["max", "min"])
+@pytest.mark.parametrize("neighbors", [1, 2])
+def test_a_guide_weakens_the_neighbors_that_look_different(select, neighbors):
+    prob, guide = random_prob(), torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+    for dilation, sigma in ((1, 0.1), (2, 0.4)):
+        fast = refine(prob, 3, neighbors, select, dilation=dilation, guide=guide, guide_sigma=sigma)
+        slow = refine_pixel_by_pixel(prob, offsets(3, dilation), neighbors, select, None, guide, sigma)
+        torch.testing.assert_close(fast, slow)
+    assert torch.equal(refine(prob, 3, neighbors, select, guide=torch.ones(2, 3, 6, 5)), refine(prob, 3, neighbors, select))
+    edge = torch.zeros(2, 1, 6, 5)
+    edge[..., 2:] = 1  # the two sides of an edge are no context of one another
+    apart = torch.cat([refine(part, 3, neighbors, "max") for part in (prob[..., :2], prob[..., 2:])], -1)
+    torch.testing.assert_close(refine(prob, 3, neighbors, "max", guide=edge), apart)
 
 
 @pytest.mark.parametrize("neighbors", [1, 2])

@@ -1,0 +1,173 @@
+"""Which context ranks a teacher's pseudo-labels best: many ways of refining, the same predictions, no training.
+
+    python assets/labels.py runs/results/animals-31-s4mc-0/step-000100.pth --name animals-31-10 [--images 100]
+
+Writes assets/labels/NAME.json, which `python assets/tables.py` reads. On unlabeled images whose ground truth is known,
+everywhere and within 5 pixels of a contour: the area under the risk-coverage curve (the error of the surest pixels,
+mean over all coverages), the error at fixed coverages, and what a threshold from the raw margins keeps. Each with its
+difference from the raw margin in points, and a 95% interval by bootstrap over images.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))
+
+from data import IGNORE, evaluation_loader, normalize, open_dataset  # noqa: E402
+from evaluate import near_contour, run_script  # noqa: E402
+from model import load_checkpoint, load_network  # noqa: E402
+from refine import confidence, offsets, refine  # noqa: E402
+from train import class_prior  # noqa: E402
+
+COVERAGES = (20, 40, 60, 80, 90)  # percent
+ALPHA = 0.2  # half way through a run
+RESAMPLES = 1000
+
+
+def union(p, q):
+    """Eq. 10 with Eq. 14 and beta 1."""
+    return p + q - p * q
+
+
+def guided_mean(prob, guide, neighborhood, dilation, sigma):
+    """The mean of the pixel and its neighbors, weighted as in `refine` with a guide: a bilateral filter."""
+    grid = offsets(neighborhood, dilation)
+    reach, (height, width) = max(dy for dy, *_ in grid), prob.shape[-2:]
+    shift = lambda x, dy, dx: x[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]  # noqa: E731
+    around, colors, exists = (F.pad(x, [reach] * 4) for x in (prob, guide, torch.ones_like(prob[:, :1])))
+    total, weights = prob.clone(), torch.ones_like(prob[:, :1])
+    for dy, dx, beta in grid:
+        apart = (shift(colors, dy, dx) - guide).square().sum(1, keepdim=True)
+        weight = beta * torch.exp(-apart / (2 * sigma**2)) * shift(exists, dy, dx)
+        total, weights = total + weight * shift(around, dy, dx), weights + weight
+    return total / weights
+
+
+def ways(prob, mirrored, colors, features, prior):
+    """[(name, refined probabilities, labels or None for their argmax)] of all ways to use context; raw comes first."""
+    yield "raw", prob, None
+    for name, options in {
+        "cross": dict(neighborhood="cross"), "3x3 (paper)": {}, "5x5": dict(neighborhood=5), "7x7": dict(neighborhood=7),
+        "3x3, two neighbors": dict(neighbors=2), "3x3, min": dict(select="min"),
+        "3x3, random": dict(select="random", generator=torch.Generator().manual_seed(0)), "3x3, prior": dict(prior=prior),
+    }.items():  # fmt: skip
+        yield name, refine(prob, **options), None
+    for dilation in (2, 4, 8, 16):
+        yield f"3x3, dilation {dilation}", refine(prob, dilation=dilation), None
+    for neighborhood, dilation in ((3, 8), (3, 16), (3, 32), (5, 8), (5, 16), (7, 8)):
+        for sigma in (0.05, 0.1, 0.2):
+            if sigma == 0.1 or (neighborhood, dilation) == (3, 16):
+                refined = refine(prob, neighborhood, dilation=dilation, guide=colors, guide_sigma=sigma)
+                yield f"{neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}", refined, None
+    guided = refine(prob, dilation=16, guide=colors)
+    yield "the same (3x3, 16, 0.1), raw label", guided, prob.argmax(1)
+    flat = refine(prob, dilation=16, guide=colors, distance_weight=False)
+    yield "the same (3x3, 16, 0.1), beta 1 by distance", flat, None
+    for sigma in (0.2, 0.4):
+        yield f"3x3, dilation 16, features {sigma}", refine(prob, dilation=16, guide=features, guide_sigma=sigma), None
+    for neighborhood, dilation in ((7, 4), (7, 8), (3, 16)):
+        mean = guided_mean(prob, colors, neighborhood, dilation, 0.1)
+        yield f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors 0.1", mean, None
+    both = union(prob, mirrored)
+    yield "mirrored view", both, None
+    yield "mirrored view, then 3x3", refine(both), None
+    yield "mirrored view, then 3x3, dilation 16, colors 0.1", refine(both, dilation=16, guide=colors), None
+    yield "3x3, dilation 16, colors 0.1, then mirrored view", union(guided, mirrored), None
+    average = (prob + mirrored) / 2
+    yield "mean with mirrored view", average, None
+    yield "mean with mirrored view, then 3x3, dilation 16, colors 0.1", refine(average, dilation=16, guide=colors), None
+    yield "mean of both views over 7x7, dilation 8, colors 0.1", guided_mean(average, colors, 7, 8, 0.1), None
+
+
+@torch.no_grad()
+def count(network, data, items, prior):
+    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, and {way:
+    (images, 3) counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins}."""
+    bins, kept = {}, {}
+    for image, truth in evaluation_loader(data, items):
+        weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)
+        prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
+        low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
+        features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
+        known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
+        threshold = confidence(prob).flatten().kthvalue(1 + int(ALPHA * (truth.numel() - 1))).values
+        for name, refined, label in ways(prob, mirrored, colors, features, prior):
+            conf, right = confidence(refined), (refined.argmax(1) if label is None else label) == truth
+            unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: 1/64 wide, relatively
+            place = (near * 2 + right) * 2**13 + unsure
+            counts = torch.bincount(place[known], minlength=4 * 2**13).float().view(2, 2, 2**13)
+            bins.setdefault(name, []).append(counts)
+            keep = known & (conf > threshold)
+            kept.setdefault(name, []).append(torch.stack([known.sum(), keep.sum(), (keep & right).sum()]).float())
+    return [{name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)]
+
+
+def risks(counts):
+    """Counts (R,2,BINS), wrong and right by uncertainty -> (R, 1 + COVERAGES) in percent: the area, errors of the surest."""
+    counts = counts.double()
+    total, wrong = counts.sum(1).cumsum(1), counts[:, 0].cumsum(1)
+    everything = total[:, -1:]
+    risk = wrong / total.clamp(min=1)
+    before = F.pad(risk, [1, 0])[:, :-1]
+    columns = [(counts.sum(1) / everything * (risk + before) / 2).sum(1)]
+    for share in COVERAGES:  # the risk where the curve reaches it, linear inside of a bin
+        goal = everything * share / 100
+        i = torch.searchsorted(total, goal).clamp(max=total.shape[1] - 1)
+        below, errors = (F.pad(x, [1, 0])[:, :-1].gather(1, i) for x in (total, wrong))
+        part = (goal - below) / (total.gather(1, i) - below).clamp(min=1)
+        columns.append(((errors + part * (wrong.gather(1, i) - errors)) / goal)[:, 0])
+    return 100 * torch.stack(columns, 1)
+
+
+def summarize(bins, kept):
+    """{way: {figure: [value, difference from raw, its lower and upper end]}}, in percent and points."""
+    images = len(kept["raw"])
+    drawn = torch.multinomial(torch.ones(RESAMPLES, images), images, replacement=True, generator=torch.Generator().manual_seed(0))
+    weights = torch.cat([torch.ones(1, images), F.one_hot(drawn, images).sum(1).float()])  # the first row: as it is
+
+    def figures(name):
+        everywhere = risks((weights @ bins[name].sum(1).flatten(1)).view(len(weights), 2, -1))
+        near = risks((weights @ bins[name][:, 1].flatten(1)).view(len(weights), 2, -1))
+        known, keep, right = (weights @ kept[name]).double().unbind(1)
+        return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1)], 1)
+
+    names = [f"{part}{figure}" for part in ("", "near ") for figure in ("area", *(f"error at {share}" for share in COVERAGES))]
+    names += ["kept", "error of kept"]
+    raw, report = figures("raw"), {}
+    for name in bins:
+        values = figures(name)
+        ends = (values - raw)[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.double), 0)
+        columns = torch.cat([values[:1], (values - raw)[:1], ends]).T
+        report[name] = {title: [round(value, 3) for value in column] for title, column in zip(names, columns.tolist())}
+    return report
+
+
+def main():
+    """One checkpoint, one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="of train.py")
+    parser.add_argument("--name", required=True, help="of the file to write, DATASET-LABELS-PERCENT OF THE RUN")
+    parser.add_argument("--images", type=int, default=100, help="unlabeled images, evenly spaced")
+    args = parser.parse_args()
+    checkpoint = load_checkpoint(args.checkpoint)
+    run = checkpoint["args"]
+    data = open_dataset(run["dataset"], run["root"], checkpoint["labeled"], run["splits"], ("labeled", "unlabeled"))
+    items = [item for item in data.unlabeled if item.mask]
+    items = [items[i * len(items) // args.images] for i in range(min(args.images, len(items)))]
+    bins, kept = count(load_network(checkpoint), data, items, class_prior(data, 3))
+    about = {"step": checkpoint["step"], "iters": run["iters"], "seed": run["seed"], "images": len(items)}
+    (ASSETS / "labels").mkdir(exist_ok=True)
+    report = {"about": about, "ways": summarize(bins, kept)}
+    (ASSETS / "labels" / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, figures in report["ways"].items():
+        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "near error at 60", "kept", "error of kept")))
+
+
+if __name__ == "__main__":
+    run_script(main)
