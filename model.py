@@ -36,12 +36,12 @@ class Encoder(NamedTuple):
     shallow_channels: int
     deep: str  # the last stage of all
     deep_channels: int
-    width: int = 256  # channels of the decoder; Chen et al., 2018b
+    width: int = 256  # channels of the decoder; Chen et al., 2018b; 64 for CPUs [ours]
 
 
 ENCODERS = {
-    "mobilenet_v2": Encoder("3", 24, "17", 320),
-    "resnet10": Encoder("layer1", 64, "layer4", 512, width=64),  # one block per stage [ours, for CPUs]
+    "mobilenet_v2": Encoder("3", 24, "17", 320, width=64),
+    "resnet10": Encoder("layer1", 64, "layer4", 512, width=64),  # one block per stage [ours]
     "resnet18": Encoder("layer1", 64, "layer4", 512),
     "resnet50": Encoder("layer1", 256, "layer4", 2048),
     "resnet101": Encoder("layer1", 256, "layer4", 2048),
