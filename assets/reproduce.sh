@@ -40,7 +40,7 @@ job() {  # DATASET LABELS METHOD SEED
             arguments+=" --dataset camvid --root $CAMVID --labeled $2" ;;
     esac
     [ "$1" = shapes ] || arguments+=" --weights $WEIGHTS --iters 1000 --warmup-iters 150 --keep-checkpoints"
-    echo "$name $arguments"
+    echo "$name" $arguments  # unquoted: a blank at the end would join two lines
 }
 {
     for seed in 0 1 2; do
