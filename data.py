@@ -405,15 +405,10 @@ def _mean_and_std(device):
 # loaders
 
 
-@lru_cache(maxsize=4)
-def _order(seed, stream, epoch, length):
-    return generator(seed, stream, epoch).permutation(length)
-
-
 def sampled(items, seed, stream, number):
     """Sample `number` of an endless row of shuffled passes over the items; a pure function of its arguments."""
     epoch, place = divmod(number, len(items))
-    return items[_order(seed, stream, epoch, len(items))[place]]
+    return items[generator(seed, stream, epoch).permutation(len(items))[place]]
 
 
 def sample_numbers(step, batch_size, rank=0, world=1):
@@ -482,31 +477,23 @@ SHAPES_SIZE = 96  # pixels
 SHAPES_TRAIN, SHAPES_VAL = 480, 96  # images
 
 
-def _distance(form, u, v, radius):
-    """Signed distance in pixels from the form's outline, negative inside; (u, v) are centered and rotated."""
-    if form == "disc":
-        return np.hypot(u, v) - radius
-    if form == "square":
-        return np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
-    sides = [u * np.cos(angle) + v * np.sin(angle) for angle in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
-    return np.maximum.reduce(sides) - 0.6 * radius
-
-
-def _texture(texture, u, v, period, rng):
-    """True where the second of an object's two shades shows."""
-    if texture == "ringed":
-        return np.hypot(u, v) % period < period / 2
-    u, v = (w + rng.uniform(0, period) for w in (u, v))
-    if texture == "striped":
-        return u % period < period / 2
-    if texture == "zigzag":
-        return (u + np.abs(v % (2 * period) - period)) % period < period / 2
-    if texture == "dotted":
-        return np.hypot(u % period - period / 2, v % period - period / 2) < 0.36 * period
-    cells = [np.floor(2 * w / period).astype(int) for w in (u, v)]
-    if texture == "checked":
-        return (cells[0] + cells[1]) % 2 == 1
-    return rng.random((200, 200))[cells[0], cells[1]] < 0.5  # speckled
+FORMS = {  # signed distance in pixels from the outline, negative inside; (u, v): centered and rotated
+    "disc": lambda u, v, radius: np.hypot(u, v) - radius,
+    "square": lambda u, v, radius: np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius,
+    "triangle": lambda u, v, radius: (
+        np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in np.pi * np.array([1 / 2, 7 / 6, 11 / 6])]) - 0.6 * radius
+    ),
+}
+TEXTURES = {  # where the second of an object's two shades shows
+    "ringed": lambda u, v, period, rng: np.hypot(u, v) % period < period / 2,
+    "striped": lambda u, v, period, rng: u % period < period / 2,
+    "zigzag": lambda u, v, period, rng: (u + np.abs(v % (2 * period) - period)) % period < period / 2,
+    "dotted": lambda u, v, period, rng: np.hypot(u % period - period / 2, v % period - period / 2) < 0.36 * period,
+    "checked": lambda u, v, period, rng: (np.floor(2 * u / period) + np.floor(2 * v / period)) % 2 == 1,
+    "speckled": lambda u, v, period, rng: (
+        rng.random((200, 200))[np.floor(2 * u / period).astype(int), np.floor(2 * v / period).astype(int)] < 0.5
+    ),
+}
 
 
 def draw_shapes(index):
@@ -535,11 +522,13 @@ def draw_shapes(index):
         texture, form = SHAPES[kind]
         u, v = placed()
         radius, period = rng.uniform(14, 30), rng.uniform(6, 9)
-        distance = _distance(form, u, v, radius)
+        distance = FORMS[form](u, v, radius)
         one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, whichever way round
         two = one * rng.uniform(0.1, 0.4)
         one, two = (one, two) if rng.random() < 0.5 else (two, one)
-        colors = np.where(_texture(texture, u, v, period, rng)[..., None], one, two)
+        if texture != "ringed":
+            u, v = (w + rng.uniform(0, period) for w in (u, v))
+        colors = np.where(TEXTURES[texture](u, v, period, rng)[..., None], one, two)
         image = np.where((distance < 0)[..., None], colors, image)
         mask[distance < 1] = IGNORE
         mask[distance < -1] = 1 + kind

@@ -11,8 +11,8 @@ export OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python}
 
 run() {  # NAME, arguments of train.py
     [ -f "assets/logs/$1.jsonl" ] && return
-    "$PYTHON" train.py "${@:2}" --log-every 50 --workers 0 --resume --out "runs/results/$1" > "runs/results-$1.log" 2>&1
-    "$PYTHON" assets/tables.py keep "runs/results/$1"
+    "$PYTHON" train.py "${@:2}" --log-every 50 --workers 0 --resume --out "runs/results/$1" > "runs/results-$1.log" 2>&1 &&
+        "$PYTHON" assets/tables.py keep "runs/results/$1"
 }
 export -f run
 mkdir -p runs assets/logs
@@ -22,6 +22,7 @@ declare -A options=(
     [dpa]="--no-refinement" [refined-fixed]="--confidence max --threshold 0.95" [s4mc]=""
     [cutmixseg-dpa]="--framework cutmixseg --no-refinement" [cutmixseg-s4mc]="--framework cutmixseg"
     [floor]="--alpha-end 0.2"
+    [guided]="--context guided" [views-guided]="--context guided-views" [views]="--context views --no-refinement"
     [cross]="--neighborhood cross" [5x5]="--neighborhood 5" [7x7]="--neighborhood 7" [two]="--neighbors 2"
     [min]="--select min" [random]="--select random" [prior]="--prior" [dilation4]="--dilation 4"
     [alpha20]="--alpha0 0.2" [alpha60]="--alpha0 0.6" [alpha80]="--alpha0 0.8"
@@ -50,6 +51,7 @@ job() {  # DATASET LABELS METHOD SEED
     for seed in 0 1 2; do
         for method in s4mc supervised dpa; do job animals 31 $method $seed; done
         for method in s4mc supervised dpa; do job camvid 46 $method $seed; done
+        for method in guided views-guided views; do job animals 31 $method $seed; done
         for method in fixmatch refined-fixed floor; do job animals 31 $method $seed; done
         job camvid 46 floor $seed
     done
