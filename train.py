@@ -202,6 +202,9 @@ def main(args):
                     prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
                     if "views" in args.context:
                         prob = (prob + run_teacher(weak.flip(-1)).softmax(1).flip(-1)) / 2
+                    if "mean" in args.context:
+                        from assets.labels import guided_mean
+                        prob = guided_mean(prob, colors(batch["weak"]), 7, 8, 0.1)
                 if "guided" in args.context:
                     options["guide"] = colors(batch["weak"])
                 alpha = dpa_alpha(step, args.iters, args.alpha0, args.alpha_end)  # Eq. 6
@@ -469,7 +472,7 @@ def parse_args(argv=None):
     add("--refinement", action=switch, default=True, help="Eqs. 7-10; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
-    add("--context", choices=("paper", "guided", "views", "guided-views"), default="paper", help="[ours]")
+    add("--context", choices=("paper", "guided", "views", "guided-views", "views-mean"), default="paper", help="[ours]")
     add("--dilation", type=natural, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")

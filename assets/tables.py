@@ -1,7 +1,7 @@
-"""Writes docs/results.md and its picture from the logs in assets/logs, so that no figure is typed by hand.
+"""Writes docs/results.md, README's results and the pictures from assets/logs and assets/labels: no figure is typed by hand.
 
     python assets/tables.py keep runs/results/NAME      # a finished run's log, shortened, into assets/logs/NAME.jsonl
-    python assets/tables.py                             # docs/results.md; assets/curves.png where matplotlib is installed
+    python assets/tables.py                             # everything else; the pictures where matplotlib is installed
 
 NAME is DATASET-LABELS-METHOD-SEED. A log's first line holds the arguments and the commit of its run.
 """
@@ -15,16 +15,28 @@ from pathlib import Path
 ASSETS = Path(__file__).resolve().parent
 METHODS = {
     "supervised": "only the labeled images, equal steps",
-    "supervised-long": "only the labeled images, twice the steps: equal minutes",
-    "fixmatch": "FixMatch: threshold 0.95, `--unsup-norm valid`",
+    "fixmatch": "FixMatch: fixed threshold 0.95, `--unsup-norm valid`",
     "dpa": "DPA without refinement",
     "refined-fixed": "refinement with threshold 0.95",
     "s4mc": "**S4MC**",
+    "floor": "S4MC, alpha from 0.4 to 0.2 [ours]",
+    "guided": "S4MC, guided neighbors [ours]",
+    "views": "DPA without refinement, mean of both views [ours]",
+    "views-guided": "S4MC, guided neighbors, mean of both views [ours]",
+    "cutmixseg-dpa": "CutMix-Seg: DPA without refinement",
+    "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
+SMALL = {  # one seed each
+    "Table 4a in small: neighborhoods": ("dpa", "cross", "s4mc", "5x5", "7x7", "two", "min", "random", "prior", "dilation4"),
+    "Table 4b in small: alpha0": ("alpha20", "s4mc", "alpha60", "alpha80"),
+    "Table 5 in small: confidence": ("max", "entropy", "s4mc"),
+}
+NAMES = {"animals": "photographs of animals", "camvid": "CamVid", "shapes": "drawn shapes"}
 NOTES = {
-    "animals": "A folder of 3,131 training and 218 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or "
-    "sheep, 240 pixels on the long side, 7 classes; labeled: the published list of 92 (366) cut to them. The encoder starts from "
-    "Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in place of torchvision's ImageNet weights.",
+    "animals": "A folder of 3,131 training and 218 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or\n"
+    "sheep, 240 pixels on the long side, 7 classes; labeled: the published list of 92 (366) cut to them. The encoder starts\n"
+    "from Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in place of torchvision's ImageNet weights.",
+    "camvid": "367 training and 101 validation photographs of CamVid in SegNet's layout, 480 x 360, 11 classes; the same weights.",
     "shapes": "Drawn images, `python train.py`; nothing is pretrained.",
 }
 T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% of Student's t, by the number of pairs
@@ -48,80 +60,172 @@ def keep(run):
 
 
 def read_logs():
-    """{(dataset, labels): {method: {seed: [lines]}}}."""
-    logs = defaultdict(lambda: defaultdict(dict))
+    """{(dataset, labels): {method: {seed: [lines]}}}, and the same with the final mIoU in place of the lines."""
+    logs, final = (defaultdict(lambda: defaultdict(dict)) for _ in range(2))
     for path in sorted((ASSETS / "logs").glob("*.jsonl")):
         dataset, labels, *method, seed = path.stem.split("-")
-        logs[dataset, labels]["-".join(method)][int(seed)] = [json.loads(line) for line in path.read_text().splitlines()]
-    return logs
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        logs[dataset, int(labels)]["-".join(method)][int(seed)] = lines
+        final[dataset, int(labels)]["-".join(method)][int(seed)] = lines[-1]["miou"]
+    return dict(sorted(logs.items())), final
 
 
-def interval(differences):
-    """The mean of paired differences with its 95% interval, as text."""
-    if len(differences) < 2:
-        return f"{differences[0]:+.2f} (one seed)" if differences else ""
-    half = T95[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{statistics.mean(differences):+.2f} ± {half:.2f}"
+def read_labels():
+    """{(dataset, labels): {percent of the run: report}} of assets/labels.py."""
+    reports = defaultdict(dict)
+    for path in (ASSETS / "labels").glob("*.json"):
+        dataset, labels, percent = path.stem.split("-")
+        reports[dataset, int(labels)][int(percent)] = json.loads(path.read_text())
+    return {key: dict(sorted(reports[key].items())) for key in sorted(reports)}
 
 
-def table(runs):
-    """A Markdown table of the final mIoU of one dataset's runs."""
-    seeds = sorted({seed for of in runs.values() for seed in of})
-    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | boundary | S4MC minus this, paired |", f"|{'---|' * (len(seeds) + 4)}"]
-    final = {method: {seed: lines[-1]["miou"] for seed, lines in of.items()} for method, of in runs.items()}
-    for method, name in METHODS.items():
-        of = final.get(method, {})
-        if not of:
-            continue
-        cells = [f"{of[seed]:.2f}" if seed in of else "" for seed in seeds]
+def difference(one, other):
+    """The mean of paired differences over the seeds of both with its 95% interval of Student's t, as text."""
+    paired = [one[seed] - other[seed] for seed in one if seed in other]
+    if len(paired) < 2:
+        return f"{paired[0]:+.2f} (one seed)" if paired else ""
+    half = T95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
+    return f"{statistics.mean(paired):+.2f} ± {half:.2f}"
+
+
+def training_table(runs, final):
+    """The final mIoU of one dataset's runs, seed by seed."""
+    methods = [method for method in METHODS if final[method]]
+    seeds = sorted({seed for method in methods for seed in final[method]})
+    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | boundary | S4MC minus this, paired |"]
+    rows.append(f"|{'---|' * (len(seeds) + 4)}")
+    for method in methods:
+        cells = [f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds]
         boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in runs[method].values())
-        gain = [value - of[seed] for seed, value in final.get("s4mc", {}).items() if seed in of]
-        gain = "" if method == "s4mc" else interval(gain)
-        rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(of.values()):.2f} | {boundary:.2f} | {gain} |")
-    return "\n".join(rows)
+        base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
+        cells += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
+        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {'' if method == base else difference(final[base], final[method])} |")
+    return rows
 
 
-def curves(logs):
-    """assets/curves.png: mIoU, kept and correct over steps, the mean over seeds. Returns whether it was drawn."""
+def small_tables(runs, final):
+    """Tables of the paper in small, one seed."""
+    parts = []
+    for title, methods in SMALL.items():
+        there = [method for method in methods if 0 in final[method]]
+        if len(there) > 1:
+            parts += ["", f"**{title}**, seed 0 only, so that two points are noise:", "", f"| | {' | '.join(there)} |"]
+            parts += [f"|{'---|' * (len(there) + 1)}", "| mIoU | " + " | ".join(f"{final[m][0]:.2f}" for m in there) + " |"]
+            kept = [next((line for line in reversed(runs[m][0]) if "kept" in line and line["alpha"] >= 0.1), None) for m in there]
+            parts += ["| kept, % at alpha 0.1 | " + " | ".join(f"{100 * line['kept']:.1f}" for line in kept) + " |"]
+            parts += ["| correct, % | " + " | ".join(f"{100 * line['correct']:.1f}" for line in kept) + " |"]
+    return parts
+
+
+def label_table(reports):
+    """Areas under risk-coverage curves, differences from the raw margin with their intervals, by the teacher's age."""
+    heads = [f"{percent}% of the run, {where}" for percent in reports for where in ("all", "near")]
+    rows = [f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}"]
+    for name in next(iter(reports.values()))["ways"]:
+        cells = []
+        for report in reports.values():
+            for key in ("area", "near area"):
+                value, change, low, high = report["ways"][name][key]
+                cells.append(f"{value:.2f}" if name == "raw" else f"{change:+.2f} [{low:+.2f}, {high:+.2f}]")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
+
+
+def results(logs, final, reports):
+    """docs/results.md, as lines."""
+    parts = ["# Results", "", "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in"]
+    parts += ["[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in"]
+    parts += ["percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a"]
+    parts += ["95% interval of Student's t."]
+    for (dataset, labels), runs in logs.items():
+        args = next(iter(next(iter(runs.values())).values()))[0]
+        commits = sorted({lines[0]["commit"][:7] for of in runs.values() for lines in of.values()})
+        parts += ["", f"## {NAMES[dataset]}, {labels} labels", "", NOTES[dataset], ""]
+        parts += [f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"]
+        parts[-1] += f", the first {args['warmup_iters']} with only labeled images; {args['optimizer']},"
+        parts += [f"learning rates {args['lr']} / {args['head_lr']}; two CPU cores, torch {args['torch']}, commits {', '.join(commits)}.", ""]
+        parts += training_table(runs, final[dataset, labels]) + small_tables(runs, final[dataset, labels])
+    parts += ["", "![mIoU, labels kept and labels correct over steps](../assets/curves.png)"]
+    for (dataset, labels), by_age in reports.items():
+        images = next(iter(by_age.values()))["about"]["images"]
+        parts += ["", f"## Pseudo-labels without training: {NAMES[dataset]}, {labels} labels", ""]
+        parts += [f"Area under the risk-coverage curve in percent (lower is better) on {images} unlabeled images, everywhere and within 5 pixels"]
+        parts += ["of a contour: raw margins, then the difference that each way of refining makes, with a 95% interval by bootstrap over"]
+        parts += ["images. The teachers are those of one S4MC run (seed 0).", "", *label_table(by_age)]
+    return parts
+
+
+def draw(logs, final, reports):
+    """The pictures: curves.png over steps; gains.png for README, every seed; labels.png, ways to use context."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     figure = Figure(figsize=(13, 3.4 * len(logs)), layout="constrained")
-    axes = figure.subplots(len(logs), 3, squeeze=False)
-    for row, ((dataset, labels), runs) in zip(axes, logs.items()):
+    for row, ((dataset, labels), runs) in zip(figure.subplots(len(logs), 3, squeeze=False), logs.items()):
         for axis, key in zip(row, ("miou", "kept", "correct")):
-            for method, of in runs.items():
+            for method in (method for method in METHODS if method in runs):
                 points = defaultdict(list)
-                for lines in of.values():
+                for lines in runs[method].values():
                     for line in lines[1:]:
                         if key in line:
                             points[line["step"]].append(line[key] * (1 if key == "miou" else 100))
                 if points:
-                    steps = sorted(points)
-                    axis.plot(steps, [statistics.mean(points[step]) for step in steps], label=method)
-            axis.set(title=f"{dataset}, {labels} labels: {key}", xlabel="step", ylabel="%")
-            axis.legend()
-    figure.savefig(ASSETS / "curves.png", dpi=100)
-    return True
+                    axis.plot(sorted(points), [statistics.mean(points[step]) for step in sorted(points)], label=method)
+            axis.set(title=f"{NAMES[dataset]}, {labels} labels: {key}", xlabel="step", ylabel="%")
+            axis.legend(fontsize="x-small")
+    figure.savefig(ASSETS / "curves.png", dpi=80)
+
+    figure = Figure(figsize=(3.2 * len(logs), 3.2), layout="constrained")
+    for axis, ((dataset, labels), _) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
+        methods = [method for method in ("supervised", "fixmatch", "dpa", "s4mc", "views-guided") if final[dataset, labels][method]]
+        for x, method in enumerate(methods):
+            values = list(final[dataset, labels][method].values())
+            axis.plot([x] * len(values), values, "o", alpha=0.6)
+            axis.hlines(statistics.mean(values), x - 0.3, x + 0.3, color="black")
+        axis.set(title=f"{NAMES[dataset]}, {labels} labels", ylabel="mIoU, %")
+        axis.set_xticks(range(len(methods)), methods, rotation=30)
+    figure.savefig(ASSETS / "gains.png", dpi=80)
+
+    if reports:
+        figure = Figure(figsize=(5 * len(reports), 7), layout="constrained")
+        for axis, ((dataset, labels), by_age) in zip(figure.subplots(1, len(reports), squeeze=False, sharey=True)[0], reports.items()):
+            percent = 30 if 30 in by_age else max(by_age)
+            names = list(by_age[percent]["ways"])[::-1]
+            for key, color, shift in (("area", "tab:blue", 0.15), ("near area", "tab:orange", -0.15)):
+                figures = [by_age[percent]["ways"][name][key] for name in names]
+                errors = [[change - low for _, change, low, _ in figures], [high - change for _, change, _, high in figures]]
+                places = [y + shift for y in range(len(names))]
+                axis.errorbar([change for _, change, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key)
+            axis.axvline(0, color="gray", linewidth=0.5)
+            axis.set_yticks(range(len(names)), names, fontsize="x-small")
+            axis.set(title=f"{NAMES[dataset]}, {labels} labels, {percent}% of the run", xlabel="change of the area, points (left is better)")
+            axis.legend(fontsize="x-small")
+        figure.savefig(ASSETS / "labels.png", dpi=80)
+
+
+def summary(final):
+    """README's table: means over seeds, and what S4MC gains."""
+    methods = ("supervised", "fixmatch", "dpa", "s4mc")
+    rows = ["| images, labels | seeds | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus DPA without refinement |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for (dataset, labels), of in sorted(final.items()):
+        cells = [f"{statistics.mean(of[method].values()):.2f}" if of[method] else "" for method in methods]
+        gain = difference(of["s4mc"], of["dpa"])
+        rows.append(f"| {NAMES[dataset]}, {labels} | {len(of['s4mc'])} | {' | '.join(cells)} | {gain} |")
+    return rows
 
 
 def main():
-    """docs/results.md from all logs."""
-    logs = read_logs()
-    parts = ["# Results", "", "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs); the runs are repeated by"]
-    parts += ["`bash assets/reproduce.sh`. mIoU of the teacher at the last step in percent, on the validation images; blank: not run."]
-    parts += ["The last column is the mean of paired differences over seeds with a 95% interval of Student's t."]
-    for (dataset, labels), runs in logs.items():
-        args = next(iter(next(iter(runs.values())).values()))[0]
-        commits = sorted({lines[0]["commit"][:7] for of in runs.values() for lines in of.values()})
-        parts += ["", f"## {dataset}, {labels} labels", "", NOTES[dataset], ""]
-        parts += [f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"]
-        parts[-1] += f", the first {args['warmup_iters']} with only labeled images; {args['optimizer']}, {args['lr']} / {args['head_lr']};"
-        parts += [f"two CPU cores, torch {args['torch']}, commit {', '.join(commits)}.", "", table(runs)]
-    if curves(logs):
-        parts += ["", "![mIoU, labels kept and labels correct over steps](../assets/curves.png)"]
-    (ASSETS.parent / "docs" / "results.md").write_text("\n".join(parts) + "\n")
+    """docs/results.md, the table in README between its two marks, and the pictures."""
+    (logs, final), reports = read_logs(), read_labels()
+    (ASSETS.parent / "docs" / "results.md").write_text("\n".join(results(logs, final, reports)) + "\n")
+    readme = ASSETS.parent / "README.md"
+    before, begin, rest = readme.read_text().partition("<!-- results -->\n")
+    _, end, after = rest.partition("<!-- end of results -->")
+    if begin and end:
+        readme.write_text(before + begin + "\n".join(summary(final)) + "\n" + end + after)
+    draw(logs, final, reports)
 
 
 if __name__ == "__main__":
