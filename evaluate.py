@@ -26,12 +26,13 @@ from torchvision.utils import draw_segmentation_masks, make_grid
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
 from model import load_checkpoint, load_network, start_processes
-from refine import confidence, dpa_threshold, pseudo_labels, refine
+from refine import bilateral, confidence, dpa_threshold, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
 
 EVAL_MODES = ("original", "sliding", "center-crop")
+CONTEXTS = ("paper", "bilateral")
 TTA_SCALES = (0.75, 1.0, 1.25)
 
 
@@ -41,6 +42,7 @@ class Protocol(NamedTuple):
     eval_mode: str = "original"  # one of EVAL_MODES; "center-crop" cuts image and mask before they get here
     crop: int = 0  # pixels, of the windows and of the center crop
     tta: bool = False  # mean over TTA_SCALES and flips
+    context: str = "paper"  # one of CONTEXTS; "bilateral": mean with the mirrored image, then `refine.bilateral`
     refine: dict | None = None  # options of `refine.refine`: Sec. 4.2, refinement at inference
 
 
@@ -69,7 +71,7 @@ def probabilities(network, image, protocol):
 @torch.no_grad()
 def predict(network, image, protocol=Protocol()):
     """Class probabilities of a uint8 image (1,3,H,W) on the network's device: (1,C,H,W)."""
-    image = normalize(image)
+    pixels, image = image, normalize(image)
     if protocol.tta:
         prob = 0
         for scale in TTA_SCALES:
@@ -80,6 +82,9 @@ def predict(network, image, protocol=Protocol()):
                 prob = prob + F.interpolate(one, image.shape[-2:], mode="bilinear") / (2 * len(TTA_SCALES))
     else:
         prob = probabilities(network, image, protocol)
+    if protocol.context == "bilateral":
+        mirrored = prob if protocol.tta else probabilities(network, image.flip(-1), protocol).flip(-1)
+        prob = bilateral((prob + mirrored) / 2, pixels)
     return prob if protocol.refine is None else refine(prob, **protocol.refine)
 
 

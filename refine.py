@@ -88,7 +88,9 @@ def refine(
     prob (B,C,H,W) -> (B,C,H,W), each value 0..1. A neighbor outside the image does not exist.
     neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
     select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
-        "random" one position per pixel among those inside the image, the same for all classes (Table 4a).
+        "random" one position per pixel among those inside the image, the same for all classes (Table 4a);
+        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta: with a guide the joint
+        bilateral filter (Petschnigg et al., 2004), a distribution again.
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device.
@@ -98,8 +100,8 @@ def refine(
     """
     if prob.dim() != 4:
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
-    if select not in ("max", "min", "random"):
-        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
+    if select not in ("max", "min", "random", "mean"):
+        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min', 'random' or 'mean'")
     if neighbors < 1:
         raise ValueError(f"neighbors {neighbors} is too small; expected 1 or more")
     batch, classes, height, width = prob.shape
@@ -127,9 +129,17 @@ def refine(
             unions.append(torch.addcmul(p, best, 1 - p))  # Eq. 10 with Eq. 14: p + beta (q - p q)
         return torch.cat(unions, 1)
 
+    exists = F.pad(torch.ones_like(prob[:1, :1]), [reach] * 4) > 0
+    if select == "mean":
+        around, total, weights = F.pad(prob, [reach] * 4), prob.clone(), torch.ones_like(prob[:, :1])
+        for dy, dx, beta in grid:
+            weight = beta * neighbor(exists, dy, dx)
+            total.addcmul_(neighbor(around, dy, dx), weight)
+            weights += weight
+        return total / weights
+
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a constant per class. Here: theirs, from the labels.
     floor = torch.zeros(()) if prior is None else prior.to(prob).view(-1, 1, 1)
-    exists = F.pad(torch.ones_like(prob[:1, :1]), [reach] * 4) > 0
     if select == "random":
         score_of = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
     around, refined, taken = F.pad(prob, [reach] * 4), prob, []
@@ -149,9 +159,17 @@ def refine(
     return refined
 
 
-def colors(images):
-    """A guide for `refine` [ours]: the colors of uint8 images (B,3,H,W), 0..1, each the mean of 3x3 pixels."""
-    return F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)
+def bilateral(prob, images, valid=None):
+    """Wider context than Eqs. 7-10 [ours]: the joint bilateral filter of prob (B,C,H,W) along the colors of its images.
+
+    Each pixel takes the mean over a 7x7 grid, 8 pixels apart, weighted by how alike the colors are: neighbors that are
+    far enough to err on their own and alike enough to share the class. images (B,3,H,W) uint8; valid as in
+    `pseudo_labels`: padding has no part in it. Returns a distribution again, (B,C,H,W).
+    """
+    guide = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
+    if valid is not None:
+        guide = guide.masked_fill(~valid[:, None], 99)
+    return refine(prob, 7, select="mean", distance_weight=False, dilation=8, guide=guide, guide_sigma=0.05)
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):

@@ -28,10 +28,10 @@ from torchvision.transforms.v2 import functional as VF
 
 from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, sample_numbers
 from data import strong_views, training_loader
-from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
+from evaluate import CONTEXTS, EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
 from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, save_checkpoint, start_processes, update_teacher
-from refine import colors, dpa_alpha, neighbor_agreement, pseudo_labels
+from refine import bilateral, dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
 ANY = ("cpu", "cuda")
@@ -200,13 +200,9 @@ def main(args):
                     strong = normalize(strong_views(batch["weak"], args.seed, numbers))
                 with torch.no_grad():
                     prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
-                    if "views" in args.context:
-                        prob = (prob + run_teacher(weak.flip(-1)).softmax(1).flip(-1)) / 2
-                    if "mean" in args.context:
-                        from assets.labels import guided_mean
-                        prob = guided_mean(prob, colors(batch["weak"]), 7, 8, 0.1)
-                if "guided" in args.context:
-                    options["guide"] = colors(batch["weak"])
+                    if args.context == "bilateral":
+                        mirrored = run_teacher(weak.flip(-1)).softmax(1).flip(-1)
+                        prob = bilateral((prob + mirrored) / 2, batch["weak"], valid)
                 alpha = dpa_alpha(step, args.iters, args.alpha0, args.alpha_end)  # Eq. 6
                 pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
                 strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
@@ -433,7 +429,6 @@ def fill_presets(args, device):
     for dataset, devices, _, numbers in PRESETS:
         if dataset == args.dataset and device.type in devices:
             vars(args).update({name: value for name, value in numbers.items() if name not in given})
-    args.dilation = args.dilation or (16 if "guided" in args.context else 1)
     args.amp = device.type == "cuda" if args.amp is None else args.amp
     args.out = args.out or f"runs/{args.dataset}-{Path(args.labeled).stem}-{args.framework}-{args.seed}"
 
@@ -472,8 +467,9 @@ def parse_args(argv=None):
     add("--refinement", action=switch, default=True, help="Eqs. 7-10; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
-    add("--context", choices=("paper", "guided", "views", "guided-views", "views-mean"), default="paper", help="[ours]")
-    add("--dilation", type=natural, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
+    add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
+    add("--context", choices=CONTEXTS, default="paper", help="bilateral: the teacher's mean over the view and its mirror "
+        "image, and over alike pixels around; then as in the paper [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10; without: 1 [paper]")

@@ -22,10 +22,10 @@ sys.path.insert(0, str(ASSETS.parent))
 from data import IGNORE, evaluation_loader, normalize, open_dataset  # noqa: E402
 from evaluate import near_contour, run_script  # noqa: E402
 from model import load_checkpoint, load_network  # noqa: E402
-from refine import confidence, offsets, refine  # noqa: E402
+from refine import confidence, refine  # noqa: E402
 from train import class_prior  # noqa: E402
 
-COVERAGES = (20, 40, 60, 80, 90)  # percent
+COVERAGES = (20, 40, 60, 80, 90, 100)  # percent; 100: every pixel is trained on, as at the end of a run
 ALPHA = 0.2  # half way through a run
 RESAMPLES = 1000
 
@@ -33,20 +33,6 @@ RESAMPLES = 1000
 def union(p, q):
     """Eq. 10 with Eq. 14 and beta 1."""
     return p + q - p * q
-
-
-def guided_mean(prob, guide, neighborhood, dilation, sigma):
-    """The mean of the pixel and its neighbors, weighted as in `refine` with a guide: a bilateral filter."""
-    grid = offsets(neighborhood, dilation)
-    reach, (height, width) = max(dy for dy, *_ in grid), prob.shape[-2:]
-    shift = lambda x, dy, dx: x[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]  # noqa: E731
-    around, colors, exists = (F.pad(x, [reach] * 4) for x in (prob, guide, torch.ones_like(prob[:, :1])))
-    total, weights = prob.clone(), torch.ones_like(prob[:, :1])
-    for dy, dx, beta in grid:
-        apart = (shift(colors, dy, dx) - guide).square().sum(1, keepdim=True)
-        weight = beta * torch.exp(-apart / (2 * sigma**2)) * shift(exists, dy, dx)
-        total, weights = total + weight * shift(around, dy, dx), weights + weight
-    return total / weights
 
 
 def ways(prob, mirrored, colors, features, prior):
@@ -71,18 +57,22 @@ def ways(prob, mirrored, colors, features, prior):
     yield "the same (3x3, 16, 0.1), beta 1 by distance", flat, None
     for sigma in (0.2, 0.4):
         yield f"3x3, dilation 16, features {sigma}", refine(prob, dilation=16, guide=features, guide_sigma=sigma), None
-    for neighborhood, dilation in ((7, 4), (7, 8), (3, 16)):
-        mean = guided_mean(prob, colors, neighborhood, dilation, 0.1)
-        yield f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors 0.1", mean, None
+    average = (prob + mirrored) / 2
+    for neighborhood, dilation, sigma, weight in (
+        (3, 16, 0.1, True), (7, 4, 0.1, True), (7, 8, 0.1, True), (5, 8, 0.1, False), (7, 8, 0.1, False), (5, 16, 0.1, False),
+        (7, 16, 0.1, False), (7, 8, 0.05, False), (7, 8, 0.2, False), (7, 4, 0.1, False),
+    ):  # fmt: skip
+        options = dict(select="mean", dilation=dilation, distance_weight=weight, guide=colors, guide_sigma=sigma)
+        name = f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}{'' if weight else ', beta 1'}"
+        yield name, refine(prob, neighborhood, **options), None
+        yield f"{name}, both views", refine(average, neighborhood, **options), None
     both = union(prob, mirrored)
     yield "mirrored view", both, None
     yield "mirrored view, then 3x3", refine(both), None
     yield "mirrored view, then 3x3, dilation 16, colors 0.1", refine(both, dilation=16, guide=colors), None
     yield "3x3, dilation 16, colors 0.1, then mirrored view", union(guided, mirrored), None
-    average = (prob + mirrored) / 2
     yield "mean with mirrored view", average, None
     yield "mean with mirrored view, then 3x3, dilation 16, colors 0.1", refine(average, dilation=16, guide=colors), None
-    yield "mean of both views over 7x7, dilation 8, colors 0.1", guided_mean(average, colors, 7, 8, 0.1), None
 
 
 @torch.no_grad()
@@ -91,7 +81,7 @@ def count(network, data, items, prior):
     (images, 3) counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins}."""
     bins, kept = {}, {}
     for image, truth in evaluation_loader(data, items):
-        weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)
+        weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
         low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
@@ -166,7 +156,7 @@ def main():
     report = {"about": about, "ways": summarize(bins, kept)}
     (ASSETS / "labels" / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, figures in report["ways"].items():
-        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "near error at 60", "kept", "error of kept")))
+        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "error at 100", "near error at 100", "near error at 60")))
 
 
 if __name__ == "__main__":

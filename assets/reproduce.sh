@@ -22,8 +22,7 @@ declare -A options=(
     [dpa]="--no-refinement" [refined-fixed]="--confidence max --threshold 0.95" [s4mc]=""
     [cutmixseg-dpa]="--framework cutmixseg --no-refinement" [cutmixseg-s4mc]="--framework cutmixseg"
     [floor]="--alpha-end 0.2"
-    [guided]="--context guided" [views-guided]="--context guided-views" [views]="--context views --no-refinement"
-    [views-mean]="--context views-mean --no-refinement"
+    [bilateral]="--context bilateral"
     [cross]="--neighborhood cross" [5x5]="--neighborhood 5" [7x7]="--neighborhood 7" [two]="--neighbors 2"
     [min]="--select min" [random]="--select random" [prior]="--prior" [dilation4]="--dilation 4"
     [alpha20]="--alpha0 0.2" [alpha60]="--alpha0 0.6" [alpha80]="--alpha0 0.8"
@@ -52,7 +51,6 @@ job() {  # DATASET LABELS METHOD SEED
     for seed in 0 1 2; do
         for method in s4mc supervised dpa; do job animals 31 $method $seed; done
         for method in s4mc supervised dpa; do job camvid 46 $method $seed; done
-        for method in guided views-guided views views-mean; do job animals 31 $method $seed; done
         for method in fixmatch refined-fixed floor; do job animals 31 $method $seed; done
         job camvid 46 floor $seed
     done

@@ -20,9 +20,7 @@ METHODS = {
     "refined-fixed": "refinement with threshold 0.95",
     "s4mc": "**S4MC**",
     "floor": "S4MC, alpha from 0.4 to 0.2 [ours]",
-    "guided": "S4MC, guided neighbors [ours]",
-    "views": "DPA without refinement, mean of both views [ours]",
-    "views-guided": "S4MC, guided neighbors, mean of both views [ours]",
+    "bilateral": "S4MC, `--context bilateral` [ours]",
     "cutmixseg-dpa": "CutMix-Seg: DPA without refinement",
     "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
@@ -178,7 +176,7 @@ def draw(logs, final, reports):
 
     figure = Figure(figsize=(3.2 * len(logs), 3.2), layout="constrained")
     for axis, ((dataset, labels), _) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-        methods = [method for method in ("supervised", "fixmatch", "dpa", "s4mc", "views-guided") if final[dataset, labels][method]]
+        methods = [method for method in ("supervised", "fixmatch", "dpa", "s4mc", "bilateral") if final[dataset, labels][method]]
         for x, method in enumerate(methods):
             values = list(final[dataset, labels][method].values())
             axis.plot([x] * len(values), values, "o", alpha=0.6)
