@@ -42,8 +42,8 @@ class Protocol(NamedTuple):
     eval_mode: str = "original"  # one of EVAL_MODES; "center-crop" cuts image and mask before they get here
     crop: int = 0  # pixels, of the windows and of the center crop
     tta: bool = False  # mean over TTA_SCALES and flips
-    context: str = "paper"  # one of CONTEXTS; "bilateral": mean with the mirrored image, then `refine.bilateral`
     refine: dict | None = None  # options of `refine.refine`: Sec. 4.2, refinement at inference
+    context: str = "paper"  # one of CONTEXTS; "bilateral": mean with the mirrored image, then `refine.bilateral`
 
 
 def windows(side, crop):
@@ -270,7 +270,7 @@ def panel(network, data, items, device, args, prior=None, width=160):
     options, kind, classes = label_options(args, prior), args["confidence"], len(data.classes)
     tiles = []
     for image, truth in evaluation_loader(data, items):
-        prob = predict(network, image.to(device))
+        prob = predict(network, image.to(device), Protocol(context=args["context"]))
         options["threshold"] = image_threshold(prob, args)
         raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on}) for on in (False, True))
         labels = [truth, prob.argmax(1), raw.label, refined.label]
@@ -343,13 +343,17 @@ def parse_args(argv=None):
     add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
+    add("--context", choices=CONTEXTS, help="of --refine and --pseudo-labels; default: the run's")
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
     add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.context and not (args.refine or args.pseudo_labels):
+        parser.error("--context says how to refine; expected --refine or --pseudo-labels beside it")
+    return args
 
 
 def main(args):
@@ -366,7 +370,8 @@ def main(args):
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
     items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
     options = refinement_options(run, prior) if args.refine else None
-    protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options)
+    context = (args.context or run["context"]) if args.refine or args.pseudo_labels else "paper"
+    protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, context)
     sharing = {"workers": args.workers, "rank": rank, "world": world}
     if args.pseudo_labels:
         result = evaluate_labels(network, data, items, device, protocol, run, prior, **sharing)
@@ -382,6 +387,7 @@ def main(args):
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}
         about |= {"eval_mode": protocol.eval_mode, "crop": protocol.crop, "tta": args.tta, "refine": args.refine}
+        about["context"] = context
         about["network"] = "student" if args.student else "teacher"
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")

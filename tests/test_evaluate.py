@@ -17,7 +17,7 @@ from trees import camvid, folder
 import evaluate as E
 from data import InputError, normalize, open_dataset, palette, read
 from model import DeepLabV3Plus, save_checkpoint
-from refine import confidence, dpa_threshold, pseudo_labels, refine
+from refine import bilateral, confidence, dpa_threshold, pseudo_labels, refine
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("sky", "road", "car")
@@ -262,8 +262,18 @@ def test_a_network_that_prefers_one_side_is_balanced_by_flips():
             left = torch.linspace(2, -2, x.shape[-1]).expand(x.shape[0], *x.shape[-2:])
             return torch.stack([left, -left], 1)
 
-    prob = E.predict(Left(), picture(8, 12), E.Protocol(tta=True))
-    torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
+    for protocol in (E.Protocol(tta=True), E.Protocol(context="bilateral"), E.Protocol(tta=True, context="bilateral")):
+        prob = E.predict(Left(), picture(8, 12), protocol)
+        torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
+
+
+def test_wider_context_is_the_filter_of_the_mean_over_both_views():
+    image, network = picture(40, 60), ByColor()
+    prob, mirrored = E.predict(network, image), E.predict(network, image.flip(-1)).flip(-1)
+    expected = bilateral((prob + mirrored) / 2, image)
+    torch.testing.assert_close(E.predict(network, image, E.Protocol(context="bilateral")), expected)
+    refined = E.predict(network, image, E.Protocol(context="bilateral", refine=E.refinement_options(run_arguments())))
+    torch.testing.assert_close(refined, refine(expected))
 
 
 def test_refinement_at_inference_is_that_of_training():
@@ -281,7 +291,7 @@ def test_refinement_at_inference_is_that_of_training():
 def run_arguments(**changes):
     """What evaluate.py reads of a run's arguments."""
     method = {"neighborhood": 3, "neighbors": 1, "select": "max", "distance_weight": True, "dilation": 1}
-    method |= {"confidence": "margin", "threshold": None, "refinement": True, "alpha0": 0.4}
+    method |= {"confidence": "margin", "threshold": None, "refinement": True, "alpha0": 0.4, "context": "paper"}
     return method | {"splits": None, "eval_mode": "original", "crop": 32} | changes
 
 
@@ -450,6 +460,7 @@ def test_every_protocol_runs_through_the_command_line(saved, monkeypatch, capsys
         (["--eval-mode", "center-crop"], "val", 3, plain._replace(eval_mode="center-crop")),
         (["--tta"], "val", 3, plain._replace(tta=True)),
         (["--refine"], "val", 3, plain._replace(refine=refined)),
+        (["--refine", "--context", "bilateral"], "val", 3, plain._replace(refine=refined, context="bilateral")),
         (["--student", "--split", "train"], "train", 4, plain),
         (["--split", "test"], "test", 1, plain),
     ):

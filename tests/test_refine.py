@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from refine import confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
+from refine import bilateral, confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +90,28 @@ def test_a_guide_weakens_the_neighbors_that_look_different(select, neighbors):
     edge[..., 2:] = 1  # the two sides of an edge are no context of one another
     apart = torch.cat([refine(part, 3, neighbors, "max") for part in (prob[..., :2], prob[..., 2:])], -1)
     torch.testing.assert_close(refine(prob, 3, neighbors, "max", guide=edge), apart)
+
+
+def test_the_bilateral_filter_equals_a_plain_loop_and_leaves_padding_out():
+    prob, generator = random_prob(2, 3, 19, 25), torch.Generator().manual_seed(0)
+    images = torch.randint(96, 128, (2, 3, 19, 25), dtype=torch.uint8, generator=generator)
+    valid = torch.ones(2, 19, 25, dtype=torch.bool)
+    valid[1, :, 20:] = False
+    found = bilateral(prob, images, valid)
+    for b, y, x in itertools.product(range(2), range(19), range(25)):
+        mean = {}  # the 3x3 means of the colors, of the pixels that the grid reaches
+        for j, i in itertools.product(range(y % 8, 19, 8), range(x % 8, 25, 8)):
+            around = images[b, :, max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2].double().flatten(1) / 255
+            if abs(j - y) <= 24 and abs(i - x) <= 24 and (valid[b, j, i] == valid[b, y, x]):
+                mean[j, i] = around.mean(1)
+        weight = {at: math.exp(-(mean[at] - mean[y, x]).square().sum().item() / (2 * 0.05**2)) for at in mean}
+        if not valid[b, y, x]:
+            continue
+        expected = sum(weight[at] * prob[b, :, at[0], at[1]] for at in mean) / sum(weight.values())
+        torch.testing.assert_close(found[b, :, y, x], expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.sum(1), torch.ones(2, 19, 25))
+    assert torch.equal(bilateral(prob, images), bilateral(prob, images, torch.ones_like(valid)))
+    assert not torch.allclose(found, prob, atol=0.05)
 
 
 @pytest.mark.parametrize("neighbors", [1, 2])
@@ -293,7 +315,7 @@ def test_functions_leave_their_inputs_as_they_were():
     [
         (lambda p: confidence(p, "gap"), "expected 'margin', 'max' or 'entropy'"),
         (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
-        (lambda p: refine(p, select="best"), "expected 'max', 'min' or 'random'"),
+        (lambda p: refine(p, select="best"), "expected 'max', 'min', 'random' or 'mean'"),
         (lambda p: refine(p, neighbors=0), "expected 1 or more"),
         (lambda p: refine(p, dilation=0), "expected 1 or more"),
         (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),

@@ -77,6 +77,7 @@ def main(args):
     network = load_network(checkpoint, "student" if args.student else "teacher")
     network = network.to(device, memory_format=torch.channels_last)
     at_inference = refinement_options(run, prior) if args.refine else None
+    context = run["context"] if args.refine or args.pseudo_labels else "paper"
     options, crop = label_options(run, prior), args.crop or (run["crop"] if args.eval_mode else LARGE)
 
     mine = list(paths.items())[rank::world]
@@ -89,7 +90,7 @@ def main(args):
             unreadable += 1
             continue
         eval_mode = args.eval_mode or ("sliding" if max(image.shape[-2:]) > LARGE else "original")
-        prob = predict(network, image.to(device), Protocol(eval_mode, crop, args.tta, at_inference))
+        prob = predict(network, image.to(device), Protocol(eval_mode, crop, args.tta, at_inference, context))
         label = prob.argmax(1)  # (1,H,W)
         if args.pseudo_labels:
             options["threshold"] = image_threshold(prob, run) if args.threshold is None else args.threshold
