@@ -14,7 +14,20 @@ run() {  # NAME, arguments of train.py
     "$PYTHON" train.py "${@:2}" --log-every 50 --workers 0 --resume --out "runs/results/$1" > "runs/results-$1.log" 2>&1 &&
         "$PYTHON" assets/tables.py keep "runs/results/$1"
 }
+score() {  # NAME: a finished run's teacher with refinement at inference, as in the paper and by the wider context
+    for context in paper bilateral; do
+        local file="assets/inference/$1-$context.json"
+        [ -f "$file" ] || "$PYTHON" evaluate.py "runs/results/$1/last.pth" --refine --context $context --json "$file"
+    done
+}
+labels() {  # DATASET-LABELS: pseudo-labels of the teachers of its first S4MC run
+    for percent in 10 30 100; do
+        [ -f "assets/labels/$1-$percent.json" ] || "$PYTHON" assets/labels.py --name "$1-$percent" \
+            "runs/results/$1-s4mc-0/step-$(printf %06d $((10 * percent))).pth"
+    done
+}
 export -f run
+export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000  # large images: no page is given back and taken again
 mkdir -p runs assets/logs
 
 declare -A options=(
@@ -40,24 +53,32 @@ job() {  # DATASET LABELS METHOD SEED
             [ -n "${CAMVID:-}" ] || return 0
             arguments+=" --dataset camvid --root $CAMVID --labeled $2" ;;
     esac
-    [ "$1" = shapes ] || arguments+=" --weights $WEIGHTS --iters 1000 --warmup-iters 150 --keep-checkpoints"
+    [ "$1" = shapes ] || arguments+=" --weights $WEIGHTS --iters 1000 --warmup-iters 150"
+    [ "$3-$4" != s4mc-0 ] || arguments+=" --keep-checkpoints"
     echo "$name" $arguments  # unquoted: a blank at the end would join two lines
 }
 {
     for seed in 0 1 2; do
-        for method in s4mc supervised dpa; do job shapes 24 $method $seed; done
+        for method in s4mc supervised dpa bilateral; do job shapes 24 $method $seed; done
     done
     for seed in 3 4; do job shapes 24 s4mc $seed; done
     for seed in 0 1 2; do
-        for method in s4mc supervised dpa; do job animals 31 $method $seed; done
-        for method in s4mc supervised dpa; do job camvid 46 $method $seed; done
+        for method in s4mc supervised dpa bilateral; do job animals 31 $method $seed; done
+        for method in s4mc supervised dpa bilateral; do job camvid 46 $method $seed; done
         for method in fixmatch refined-fixed floor; do job animals 31 $method $seed; done
         job camvid 46 floor $seed
     done
     for seed in 0 1 2; do
-        for method in s4mc supervised dpa fixmatch refined-fixed; do job animals 104 $method $seed; done
+        for method in s4mc supervised dpa bilateral fixmatch refined-fixed; do job animals 104 $method $seed; done
         for method in cutmixseg-dpa cutmixseg-s4mc; do job animals 31 $method $seed; done
     done
     for method in cross 5x5 7x7 two min random prior dilation4 alpha20 alpha60 alpha80 max entropy; do job animals 31 $method 0; done
 } | xargs -P "${PARALLEL:-2}" -L 1 bash -c 'run "$@"' run
+for path in runs/results/{animals,camvid}-*-{s4mc,dpa,bilateral}-?/; do
+    name=$(basename "$path")
+    if [ -f "$path/last.pth" ] && [[ $name == ${ONLY:-*} ]]; then score "$name"; fi
+done
+for name in animals-31 animals-104 camvid-46; do
+    if [ -d "runs/results/$name-s4mc-0" ] && [ -z "${ONLY:-}" ]; then labels $name; fi
+done
 "$PYTHON" assets/tables.py
