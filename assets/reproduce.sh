@@ -73,7 +73,7 @@ job() {  # DATASET LABELS METHOD SEED
         for method in cutmixseg-dpa cutmixseg-s4mc; do job animals 31 $method $seed; done
     done
     for method in cross 5x5 7x7 two min random prior dilation4 alpha20 alpha60 alpha80 max entropy; do job animals 31 $method 0; done
-} | xargs -P "${PARALLEL:-2}" -L 1 bash -c 'run "$@"' run
+} | xargs -r -P "${PARALLEL:-2}" -L 1 bash -c 'run "$@"' run
 for path in runs/results/{animals,camvid}-*-{s4mc,dpa,bilateral}-?/; do
     name=$(basename "$path")
     if [ -f "$path/last.pth" ] && [[ $name == ${ONLY:-*} ]]; then score "$name"; fi

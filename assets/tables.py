@@ -77,6 +77,16 @@ def read_labels():
     return {key: dict(sorted(reports[key].items())) for key in sorted(reports)}
 
 
+def read_inference():
+    """{(dataset, labels): {method: {context: {seed: (mIoU, boundary mIoU)}}}} of evaluate.py --refine."""
+    scores = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for path in sorted((ASSETS / "inference").glob("*.json")):
+        dataset, labels, *method, seed, context = path.stem.split("-")
+        found = json.loads(path.read_text())
+        scores[dataset, int(labels)]["-".join(method)][context][int(seed)] = found["miou"], found["boundary_miou"]
+    return scores
+
+
 def difference(one, other):
     """The mean of paired differences over the seeds of both with its 95% interval of Student's t, as text."""
     paired = [one[seed] - other[seed] for seed in one if seed in other]
@@ -99,6 +109,20 @@ def training_table(runs, final):
         cells += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
         rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {'' if method == base else difference(final[base], final[method])} |")
     return rows
+
+
+def inference_table(runs, scores):
+    """What refinement at inference gains, mIoU and boundary IoU, over the same teachers' plain predictions."""
+    rows = ["", "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:", ""]
+    rows += ["| teacher of | as in the paper: mIoU | boundary | `--context bilateral`: mIoU | boundary |", "|---|---|---|---|---|"]
+    for method in (method for method in METHODS if method in scores):
+        cells = []
+        for context in ("paper", "bilateral"):
+            for part, key in enumerate(("miou", "boundary_miou")):
+                refined = {seed: values[part] for seed, values in scores[method][context].items()}
+                cells.append(difference(refined, {seed: lines[-1][key] for seed, lines in runs[method].items()}))
+        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
+    return rows if len(rows) > 5 else []
 
 
 def small_tables(runs, final):
@@ -129,7 +153,7 @@ def label_table(reports):
     return rows
 
 
-def results(logs, final, reports):
+def results(logs, final, inference, reports):
     """docs/results.md, as lines."""
     parts = ["# Results", "", "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in"]
     parts += ["[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in"]
@@ -142,7 +166,8 @@ def results(logs, final, reports):
         parts += [f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"]
         parts[-1] += f", the first {args['warmup_iters']} with only labeled images; {args['optimizer']},"
         parts += [f"learning rates {args['lr']} / {args['head_lr']}; two CPU cores, torch {args['torch']}, commits {', '.join(commits)}.", ""]
-        parts += training_table(runs, final[dataset, labels]) + small_tables(runs, final[dataset, labels])
+        parts += training_table(runs, final[dataset, labels]) + inference_table(runs, inference[dataset, labels])
+        parts += small_tables(runs, final[dataset, labels])
     parts += ["", "![mIoU, labels kept and labels correct over steps](../assets/curves.png)"]
     for (dataset, labels), by_age in reports.items():
         images = next(iter(by_age.values()))["about"]["images"]
@@ -216,8 +241,8 @@ def summary(final):
 
 def main():
     """docs/results.md, the table in README between its two marks, and the pictures."""
-    (logs, final), reports = read_logs(), read_labels()
-    (ASSETS.parent / "docs" / "results.md").write_text("\n".join(results(logs, final, reports)) + "\n")
+    (logs, final), inference, reports = read_logs(), read_inference(), read_labels()
+    (ASSETS.parent / "docs" / "results.md").write_text("\n".join(results(logs, final, inference, reports)) + "\n")
     readme = ASSETS.parent / "README.md"
     before, begin, rest = readme.read_text().partition("<!-- results -->\n")
     _, end, after = rest.partition("<!-- end of results -->")
