@@ -15,17 +15,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as VF
+from torchvision.utils import make_grid
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
 from data import IGNORE, evaluation_loader, normalize, open_dataset  # noqa: E402
-from evaluate import near_contour, run_script  # noqa: E402
+from evaluate import Protocol, near_contour, overlay, predict, run_script  # noqa: E402
 from model import load_checkpoint, load_network  # noqa: E402
-from refine import confidence, refine  # noqa: E402
+from refine import confidence, offsets, refine  # noqa: E402
 from train import class_prior  # noqa: E402
 
 COVERAGES = (20, 40, 60, 80, 90, 100)  # percent; 100: every pixel is trained on, as at the end of a run
+DISTANCES = (1, 4, 16)  # pixels
 ALPHA = 0.2  # half way through a run
 RESAMPLES = 1000
 
@@ -75,11 +78,22 @@ def ways(prob, mirrored, colors, features, prior):
     yield "mean with mirrored view, then 3x3, dilation 16, colors 0.1", refine(average, dilation=16, guide=colors), None
 
 
+def shared_errors(prediction, wrong, distance):
+    """How many wrong pixels have eight neighbors at this distance, inside the image, that predict the same; (1,H,W)."""
+    same = wrong.clone()
+    for dy, dx, _ in offsets(3, distance):
+        around = F.pad(prediction, [distance] * 4, value=-1)
+        there = around[:, distance + dy :, distance + dx :][:, : same.shape[1], : same.shape[2]]
+        same &= (there == prediction) | (there == -1)
+    return same.sum()
+
+
 @torch.no_grad()
 def count(network, data, items, prior):
-    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, and {way:
-    (images, 3) counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins}."""
-    bins, kept = {}, {}
+    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3)
+    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins}, and {distance: share of the
+    wrong pixels whose neighbors all err alike}."""
+    bins, kept, shared = {}, {}, torch.zeros(1 + len(DISTANCES))
     for image, truth in evaluation_loader(data, items):
         weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
@@ -87,6 +101,8 @@ def count(network, data, items, prior):
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
         threshold = confidence(prob).flatten().kthvalue(1 + int(ALPHA * (truth.numel() - 1))).values
+        wrong = known & (prob.argmax(1) != truth)
+        shared += torch.stack([wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)])
         for name, refined, label in ways(prob, mirrored, colors, features, prior):
             conf, right = confidence(refined), (refined.argmax(1) if label is None else label) == truth
             unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: 1/64 wide, relatively
@@ -95,7 +111,8 @@ def count(network, data, items, prior):
             bins.setdefault(name, []).append(counts)
             keep = known & (conf > threshold)
             kept.setdefault(name, []).append(torch.stack([known.sum(), keep.sum(), (keep & right).sum()]).float())
-    return [{name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)]
+    shares = {distance: round(100 * (one / shared[0]).item(), 1) for distance, one in zip(DISTANCES, shared[1:])}
+    return *({name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)), shares
 
 
 def risks(counts):
@@ -138,11 +155,37 @@ def summarize(bins, kept):
     return report
 
 
+@torch.no_grad()
+def picture(network, data, items, coverage=0.8, width=160):
+    """Image, truth, the surest labels by the paper's context and by `bilateral`; last, what the second changes of the
+    first: added labels green (right) and red (wrong), dropped ones light (wrong) and dark (right) blue, changed ones too."""
+    tiles = []
+    for image, truth in evaluation_loader(data, items):
+        kept = []
+        for context in ("paper", "bilateral"):
+            refined = refine(predict(network, image, Protocol(context=context)))
+            conf, label = confidence(refined), refined.argmax(1)
+            kept.append(label.masked_fill(conf < conf.flatten().quantile(1 - coverage), IGNORE))
+        right = [label == truth for label in kept]
+        new = (kept[0] != kept[1]) & (kept[1] != IGNORE) & (truth != IGNORE)
+        gone = (kept[0] != kept[1]) & (kept[1] == IGNORE) & (truth != IGNORE)
+        change = image[0] // 4
+        for where, color in (
+            (new & right[1], (0, 200, 0)), (new & ~right[1], (230, 0, 0)),
+            (gone & ~right[0], (120, 200, 255)), (gone & right[0], (0, 60, 200)),
+        ):  # fmt: skip
+            change = torch.where(where, torch.tensor(color, dtype=torch.uint8).view(3, 1, 1), change)
+        shown = [image[0], *(overlay(image[0], label[0]) for label in (truth, *kept)), change]
+        tiles += [VF.resize(tile, [width, width], interpolation=VF.InterpolationMode.NEAREST) for tile in shown]
+    return VF.to_pil_image(make_grid(tiles, nrow=5, pad_value=255))
+
+
 def main():
     """One checkpoint, one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of train.py")
-    parser.add_argument("--name", required=True, help="of the file to write, DATASET-LABELS-PERCENT OF THE RUN")
+    parser.add_argument("--picture", help="file to write in place of figures: labels by both contexts, as in README")
+    parser.add_argument("--name", help="of the file to write, DATASET-LABELS-PERCENT OF THE RUN")
     parser.add_argument("--images", type=int, default=100, help="unlabeled images, evenly spaced")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
@@ -150,8 +193,12 @@ def main():
     data = open_dataset(run["dataset"], run["root"], checkpoint["labeled"], run["splits"], ("labeled", "unlabeled"))
     items = [item for item in data.unlabeled if item.mask]
     items = [items[i * len(items) // args.images] for i in range(min(args.images, len(items)))]
-    bins, kept = count(load_network(checkpoint), data, items, class_prior(data, 3))
+    if args.picture:
+        picture(load_network(checkpoint), data, items[:4]).save(args.picture)
+        return
+    bins, kept, shares = count(load_network(checkpoint), data, items, class_prior(data, 3))
     about = {"step": checkpoint["step"], "iters": run["iters"], "seed": run["seed"], "images": len(items)}
+    about["wrong pixels whose eight neighbors err alike, percent by distance"] = shares
     (ASSETS / "labels").mkdir(exist_ok=True)
     report = {"about": about, "ways": summarize(bins, kept)}
     (ASSETS / "labels" / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
