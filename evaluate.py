@@ -387,8 +387,7 @@ def main(args):
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}
         about |= {"eval_mode": protocol.eval_mode, "crop": protocol.crop, "tta": args.tta, "refine": args.refine}
-        about["context"] = context
-        about["network"] = "student" if args.student else "teacher"
+        about |= {"context": context, "network": "student" if args.student else "teacher"}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:

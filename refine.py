@@ -89,8 +89,7 @@ def refine(
     neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
     select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
         "random" one position per pixel among those inside the image, the same for all classes (Table 4a);
-        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta: with a guide the joint
-        bilateral filter (Petschnigg et al., 2004), a distribution again.
+        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta.
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device.
@@ -117,8 +116,7 @@ def refine(
     if guide is not None:
         around = F.pad(guide, [reach] * 4)
         apart = [(neighbor(around, dy, dx) - guide).square().sum(1, keepdim=True) for dy, dx, _ in grid]  # (B,1,H,W)
-        likeness = [torch.exp(distance / (-2 * guide_sigma**2)) for distance in apart]
-        grid = [(dy, dx, beta * like) for (dy, dx, beta), like in zip(grid, likeness)]
+        grid = [(dy, dx, beta * torch.exp(d / (-2 * guide_sigma**2))) for (dy, dx, beta), d in zip(grid, apart)]
 
     if select == "max" and neighbors == 1 and prior is None:
         unions = []
@@ -160,11 +158,10 @@ def refine(
 
 
 def bilateral(prob, images, valid=None):
-    """Wider context than Eqs. 7-10 [ours]: the joint bilateral filter of prob (B,C,H,W) along the colors of its images.
+    """Wider context [ours]: prob (B,C,H,W), joint bilateral filter (Petschnigg et al., 2004) along the images' colors.
 
-    Each pixel takes the mean over a 7x7 grid, 8 pixels apart, weighted by how alike the colors are: neighbors that are
-    far enough to err on their own and alike enough to share the class. images (B,3,H,W) uint8; valid as in
-    `pseudo_labels`: padding has no part in it. Returns a distribution again, (B,C,H,W).
+    Its neighbors are far enough to err on their own and alike enough to share the class. images (B,3,H,W) uint8; valid
+    (B,H,W) bool, False on padding, which has no part in it. Returns a distribution again, (B,C,H,W).
     """
     guide = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
     if valid is not None:
