@@ -67,8 +67,10 @@ PRESETS = (
     ("cityscapes", ANY, "ours", dict(workers=4, log_every=20)),
 )  # fmt: skip
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
-MAY_CHANGE = set("resume out root splits workers device log_every eval_every eval_steps save_every compile".split())
-MAY_CHANGE |= {"tensorboard", "keep_checkpoints"}
+MAY_CHANGE = set(  # from one --resume to the next
+    "resume out root splits workers device log_every eval_every eval_steps save_every keep_checkpoints compile "
+    "tensorboard".split()
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # schedules and losses

@@ -194,7 +194,7 @@ def main():
     items = [item for item in data.unlabeled if item.mask]
     items = [items[i * len(items) // args.images] for i in range(min(args.images, len(items)))]
     if args.picture:
-        picture(load_network(checkpoint), data, items[:4]).save(args.picture)
+        picture(load_network(checkpoint), data, items[:3]).save(args.picture, optimize=True)
         return
     bins, kept, shares = count(load_network(checkpoint), data, items, class_prior(data, 3))
     about = {"step": checkpoint["step"], "iters": run["iters"], "seed": run["seed"], "images": len(items)}

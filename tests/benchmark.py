@@ -141,7 +141,10 @@ def benchmark_labels(device, backbone, peer):
     show(f"threshold of {len(conf):,} pixels", measured(rivals, device))
 
 
-def trainer(device, backbone, batch, crop, classes, fixmatch=False, compile=False, authors=False, peer=None, **options):
+def trainer(
+    device, backbone, batch, crop, classes, fixmatch=False, compile=False, authors=False, peer=None, context="paper",
+    **options,
+):  # fmt: skip
     """A function that does the next step of train.py, in the order of its main, on networks and a batch of its own.
 
     authors: see `authors_loss`; options: those of `pseudo_labels`.
@@ -172,6 +175,9 @@ def trainer(device, backbone, batch, crop, classes, fixmatch=False, compile=Fals
                     strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
                 with torch.no_grad():
                     prob = predict(weak).softmax(1)
+                    if context == "bilateral":
+                        prob = (prob + predict(weak.flip(-1)).softmax(1).flip(-1)) / 2
+                        prob = R.bilateral(prob, weak_pixels, valid)
                 pseudo = label(prob, R.dpa_alpha(step, 10_000), valid=valid, **options)
                 strong, target, _ = D.cutmix(rng, 0.5, strong, pseudo.label, valid)
                 logits_x, logits_u = forward(torch.cat([x, strong])).split(batch)
@@ -235,6 +241,7 @@ def benchmark_step(device, backbone, peer):
             "S4MC": point,
             "S4MC, compiled": point | {"compile": True},
             "S4MC, strong views of FixMatch": point | {"fixmatch": True},
+            "S4MC, --context bilateral": point | {"context": "bilateral"},
             "S4MC, no refinement, fixed threshold": point | {"refinement": False, "threshold": 0.95},
             "authors' order": point | {"authors": True, "peer": peer},
         }
