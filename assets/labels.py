@@ -24,7 +24,7 @@ sys.path.insert(0, str(ASSETS.parent))
 from data import IGNORE, evaluation_loader, normalize, open_dataset  # noqa: E402
 from evaluate import Protocol, near_contour, overlay, predict, run_script  # noqa: E402
 from model import load_checkpoint, load_network  # noqa: E402
-from refine import confidence, offsets, refine  # noqa: E402
+from refine import bilateral, confidence, offsets, refine  # noqa: E402
 from train import class_prior  # noqa: E402
 
 COVERAGES = (20, 40, 60, 80, 90, 100)  # percent; 100: every pixel is trained on, as at the end of a run
@@ -38,7 +38,7 @@ def union(p, q):
     return p + q - p * q
 
 
-def ways(prob, mirrored, colors, features, prior):
+def ways(prob, mirrored, image, colors, features, prior):
     """[(name, refined probabilities, labels or None for their argmax)] of all ways to use context; raw comes first."""
     yield "raw", prob, None
     for name, options in {
@@ -63,7 +63,7 @@ def ways(prob, mirrored, colors, features, prior):
     average = (prob + mirrored) / 2
     for neighborhood, dilation, sigma, weight in (
         (3, 16, 0.1, True), (7, 4, 0.1, True), (7, 8, 0.1, True), (5, 8, 0.1, False), (7, 8, 0.1, False), (5, 16, 0.1, False),
-        (7, 16, 0.1, False), (7, 8, 0.05, False), (7, 8, 0.2, False), (7, 4, 0.1, False),
+        (7, 16, 0.1, False), (7, 8, 0.03, False), (7, 8, 0.05, False), (7, 8, 0.2, False), (7, 4, 0.1, False),
     ):  # fmt: skip
         options = dict(select="mean", dilation=dilation, distance_weight=weight, guide=colors, guide_sigma=sigma)
         name = f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}{'' if weight else ', beta 1'}"
@@ -76,6 +76,7 @@ def ways(prob, mirrored, colors, features, prior):
     yield "3x3, dilation 16, colors 0.1, then mirrored view", union(guided, mirrored), None
     yield "mean with mirrored view", average, None
     yield "mean with mirrored view, then 3x3, dilation 16, colors 0.1", refine(average, dilation=16, guide=colors), None
+    yield "7x7, dilation 8, colors 0.05, beta 1, both views, then 3x3: `--context bilateral`", refine(bilateral(average, image)), None
 
 
 def shared_errors(prediction, wrong, distance):
@@ -103,7 +104,7 @@ def count(network, data, items, prior):
         threshold = confidence(prob).flatten().kthvalue(1 + int(ALPHA * (truth.numel() - 1))).values
         wrong = known & (prob.argmax(1) != truth)
         shared += torch.stack([wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)])
-        for name, refined, label in ways(prob, mirrored, colors, features, prior):
+        for name, refined, label in ways(prob, mirrored, image, colors, features, prior):
             conf, right = confidence(refined), (refined.argmax(1) if label is None else label) == truth
             unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: 1/64 wide, relatively
             place = (near * 2 + right) * 2**13 + unsure

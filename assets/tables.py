@@ -21,6 +21,9 @@ METHODS = {
     "s4mc": "**S4MC**",
     "floor": "S4MC, alpha from 0.4 to 0.2 [ours]",
     "bilateral": "S4MC, `--context bilateral` [ours]",
+    "guided": "tried: Eq. 9 among neighbors 16 pixels apart, beta times the likeness of colors (sigma 0.1)",
+    "views-guided": "tried: the same on the mean of the view and its mirror image",
+    "views-mean": "tried: joint bilateral filter of that mean, beta of Eq. 10, sigma 0.1, no union after it",
     "cutmixseg-dpa": "CutMix-Seg: DPA without refinement",
     "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
@@ -37,7 +40,7 @@ NOTES = {
     "camvid": "367 training and 101 validation photographs of CamVid in SegNet's layout, 480 x 360, 11 classes; the same weights.",
     "shapes": "Drawn images, `python train.py`; nothing is pretrained.",
 }
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% of Student's t, by the number of pairs
+T95 = {3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% of Student's t, by the number of pairs
 
 
 def keep(run):
@@ -90,8 +93,8 @@ def read_inference():
 def difference(one, other):
     """The mean of paired differences over the seeds of both with its 95% interval of Student's t, as text."""
     paired = [one[seed] - other[seed] for seed in one if seed in other]
-    if len(paired) < 2:
-        return f"{paired[0]:+.2f} (one seed)" if paired else ""
+    if len(paired) < 3:  # an interval from two is wider than any difference
+        return f"{statistics.mean(paired):+.2f} ({len(paired)} seed{'s' * (len(paired) > 1)})" if paired else ""
     half = T95[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
     return f"{statistics.mean(paired):+.2f} ± {half:.2f}"
 
