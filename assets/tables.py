@@ -242,15 +242,58 @@ def summary(final):
     return rows
 
 
+def context_summary(logs, final, inference, reports):
+    """README's table of wider context: why, in labels, in the student, at inference."""
+    keys = [key for key in final if key in reports or inference[key]]
+    rows = [f"| | {' | '.join(f'{NAMES[dataset]}, {labels} labels' for dataset, labels in keys)} |", f"|{'---|' * (len(keys) + 1)}"]
+
+    def row(title, cell):
+        rows.append(f"| {title} | {' | '.join(cell(key) for key in keys)} |")
+
+    def label_cell(key, way):
+        report = reports.get(key, {}).get(30)
+        if report is None:
+            return ""
+        ways = {name.split(": ")[-1]: figures["area"] for name, figures in report["ways"].items()}
+        value, change, low, high = ways[way]
+        return f"{value:.2f}" if way == "raw" else f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    def shared(key):
+        about = reports.get(key, {}).get(30, {}).get("about", {})
+        shares = about.get("wrong pixels whose eight neighbors err alike, percent by distance", {})
+        return f"{shares['1']:.0f}% and {shares['16']:.0f}%" if shares else ""
+
+    def gain(key, context):
+        parts = []
+        for part, name in enumerate(("miou", "boundary_miou")):
+            refined = {seed: values[part] for seed, values in inference[key]["s4mc"][context].items()}
+            parts.append(difference(refined, {seed: lines[-1][name] for seed, lines in logs[key]["s4mc"].items()}))
+        return ", ".join(part for part in parts if part)
+
+    row("wrong pixels whose eight neighbors err alike, 1 and 16 pixels apart", shared)
+    row("labels: area under the risk-coverage curve of raw margins, %", lambda key: label_cell(key, "raw"))
+    row("the paper's 3x3, difference", lambda key: label_cell(key, "3x3 (paper)"))
+    row("`--context bilateral`, difference", lambda key: label_cell(key, "`--context bilateral`"))
+    row("student trained with it: mIoU minus S4MC's", lambda key: difference(final[key]["bilateral"], final[key]["s4mc"]))
+    row("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", lambda key: gain(key, "paper"))
+    row("the same with `--context bilateral`", lambda key: gain(key, "bilateral"))
+    return rows
+
+
+def between(text, name, lines):
+    """The text with the lines between <!-- name --> and <!-- end of name -->."""
+    before, _, rest = text.partition(f"<!-- {name} -->\n")
+    _, _, after = rest.partition(f"<!-- end of {name} -->")
+    return f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->{after}"
+
+
 def main():
-    """docs/results.md, the table in README between its two marks, and the pictures."""
+    """docs/results.md, the tables in README between their marks, and the pictures."""
     (logs, final), inference, reports = read_logs(), read_inference(), read_labels()
     (ASSETS.parent / "docs" / "results.md").write_text("\n".join(results(logs, final, inference, reports)) + "\n")
     readme = ASSETS.parent / "README.md"
-    before, begin, rest = readme.read_text().partition("<!-- results -->\n")
-    _, end, after = rest.partition("<!-- end of results -->")
-    if begin and end:
-        readme.write_text(before + begin + "\n".join(summary(final)) + "\n" + end + after)
+    text = between(readme.read_text(), "results", summary(final))
+    readme.write_text(between(text, "context", context_summary(logs, final, inference, reports)))
     draw(logs, final, reports)
 
 

@@ -595,8 +595,9 @@ def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, mo
     scores = iter((20.0, 30.0, 25.0))
     evaluate = T.evaluate
     monkeypatch.setattr(T, "evaluate", lambda *args: evaluate(*args) | {"miou": next(scores)})
-    run("--iters 6 --eval-every 1")
-    assert written == [("best.pth", 20), ("last.pth", 20), ("best.pth", 30), ("last.pth", 30), ("last.pth", 30)]
+    run("--iters 6 --eval-every 1 --keep-checkpoints")
+    names = {20: "best last step-000002", 30: "best last step-000004 last step-000006"}
+    assert written == [(f"{name}.pth", best) for best, row in names.items() for name in row.split()]
 
 
 def test_only_the_seed_decides_a_run(run):
