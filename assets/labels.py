@@ -4,8 +4,9 @@
 
 Writes assets/labels/NAME.json, which `python assets/tables.py` reads. On unlabeled images whose ground truth is known,
 everywhere and within 5 pixels of a contour: the area under the risk-coverage curve (the error of the surest pixels,
-mean over all coverages), the error at fixed coverages, and what a threshold from the raw margins keeps. Each with its
-difference from the raw margin in points, and a 95% interval by bootstrap over images.
+mean over all coverages), the error at fixed coverages, and what a threshold from the raw margins keeps; at full coverage
+the mean recall of the classes, and the share of the pixels that are called the largest class. Each with its difference
+from the raw margin in points, and a 95% interval by bootstrap over images.
 """
 
 import argparse
@@ -91,10 +92,10 @@ def shared_errors(prediction, wrong, distance):
 
 @torch.no_grad()
 def count(network, data, items, prior):
-    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3)
-    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins}, and {distance: share of the
-    wrong pixels whose neighbors all err alike}."""
-    bins, kept, shared = {}, {}, torch.zeros(1 + len(DISTANCES))
+    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3 + 3C)
+    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins, and by class the true, predicted
+    and right pixels}, and {distance: share of the wrong pixels whose neighbors all err alike}."""
+    bins, kept, shared, classes = {}, {}, torch.zeros(1 + len(DISTANCES)), len(data.classes)
     for image, truth in evaluation_loader(data, items):
         weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
@@ -105,13 +106,16 @@ def count(network, data, items, prior):
         wrong = known & (prob.argmax(1) != truth)
         shared += torch.stack([wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)])
         for name, refined, label in ways(prob, mirrored, image, colors, features, prior):
-            conf, right = confidence(refined), (refined.argmax(1) if label is None else label) == truth
+            label = refined.argmax(1) if label is None else label
+            conf, right = confidence(refined), label == truth
             unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: 1/64 wide, relatively
             place = (near * 2 + right) * 2**13 + unsure
             counts = torch.bincount(place[known], minlength=4 * 2**13).float().view(2, 2, 2**13)
             bins.setdefault(name, []).append(counts)
             keep = known & (conf > threshold)
-            kept.setdefault(name, []).append(torch.stack([known.sum(), keep.sum(), (keep & right).sum()]).float())
+            counts = [torch.stack([known.sum(), keep.sum(), (keep & right).sum()])]
+            counts += [torch.bincount(one, minlength=classes) for one in (truth[known], label[known], truth[known & right])]
+            kept.setdefault(name, []).append(torch.cat(counts).float())
     shares = {distance: round(100 * (one / shared[0]).item(), 1) for distance, one in zip(DISTANCES, shared[1:])}
     return *({name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)), shares
 
@@ -142,11 +146,16 @@ def summarize(bins, kept):
     def figures(name):
         everywhere = risks((weights @ bins[name].sum(1).flatten(1)).view(len(weights), 2, -1))
         near = risks((weights @ bins[name][:, 1].flatten(1)).view(len(weights), 2, -1))
-        known, keep, right = (weights @ kept[name]).double().unbind(1)
-        return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1)], 1)
+        sums = (weights @ kept[name]).double()
+        known, keep, right = sums[:, :3].unbind(1)
+        true, predicted, hit = sums[:, 3:].unflatten(1, (3, -1)).unbind(1)  # (1 + RESAMPLES, C)
+        largest = true[0].argmax()
+        recall = (hit / true.clamp(min=1)).sum(1) / (true > 0).sum(1)  # mean over the classes that are there
+        by_class = torch.stack([recall, predicted[:, largest] / known], 1)
+        return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1), 100 * by_class], 1)
 
     names = [f"{part}{figure}" for part in ("", "near ") for figure in ("area", *(f"error at {share}" for share in COVERAGES))]
-    names += ["kept", "error of kept"]
+    names += ["kept", "error of kept", "mean recall", "largest class"]
     raw, report = figures("raw"), {}
     for name in bins:
         values = figures(name)
@@ -199,12 +208,14 @@ def main():
         return
     bins, kept, shares = count(load_network(checkpoint), data, items, class_prior(data, 3))
     about = {"step": checkpoint["step"], "iters": run["iters"], "seed": run["seed"], "images": len(items)}
+    true = kept["raw"].sum(0)[3:].view(3, -1)[0]
+    about["share of the largest class in the ground truth, percent"] = round(100 * (true.max() / true.sum()).item(), 1)
     about["wrong pixels whose eight neighbors err alike, percent by distance"] = shares
     (ASSETS / "labels").mkdir(exist_ok=True)
     report = {"about": about, "ways": summarize(bins, kept)}
     (ASSETS / "labels" / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, figures in report["ways"].items():
-        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "error at 100", "near error at 100", "near error at 60")))
+        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "error at 100", "mean recall", "largest class")))
 
 
 if __name__ == "__main__":
