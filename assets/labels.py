@@ -4,9 +4,10 @@
 
 Writes assets/labels/NAME.json, which `python assets/tables.py` reads. On unlabeled images whose ground truth is known,
 everywhere and within 5 pixels of a contour: the area under the risk-coverage curve (the error of the surest pixels,
-mean over all coverages), the error at fixed coverages, and what a threshold from the raw margins keeps; at full coverage
-the mean recall of the classes, and the share of the pixels that are called the largest class. Each with its difference
-from the raw margin in points, and a 95% interval by bootstrap over images.
+mean over all coverages), the error at fixed coverages, and what a threshold from the raw margins keeps; for the surest
+80% of an image the share of a class's pixels that get a right label, mean over classes (recall), and the share of the
+labels that name the largest class. Each with its difference from the raw margin in points, and a 95% interval by
+bootstrap over images.
 """
 
 import argparse
@@ -93,8 +94,8 @@ def shared_errors(prediction, wrong, distance):
 @torch.no_grad()
 def count(network, data, items, prior):
     """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3 + 3C)
-    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins, and by class the true, predicted
-    and right pixels}, and {distance: share of the wrong pixels whose neighbors all err alike}."""
+    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins, and by class all true
+    pixels and, at equal coverage, the predicted and right ones}, and {distance: share of the wrong pixels whose neighbors all err alike}."""
     bins, kept, shared, classes = {}, {}, torch.zeros(1 + len(DISTANCES)), len(data.classes)
     for image, truth in evaluation_loader(data, items):
         weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
@@ -102,7 +103,8 @@ def count(network, data, items, prior):
         low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
-        threshold = confidence(prob).flatten().kthvalue(1 + int(ALPHA * (truth.numel() - 1))).values
+        rank = 1 + int(ALPHA * (truth.numel() - 1))
+        threshold = confidence(prob).flatten().kthvalue(rank).values
         wrong = known & (prob.argmax(1) != truth)
         shared += torch.stack([wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)])
         for name, refined, label in ways(prob, mirrored, image, colors, features, prior):
@@ -114,7 +116,8 @@ def count(network, data, items, prior):
             bins.setdefault(name, []).append(counts)
             keep = known & (conf > threshold)
             counts = [torch.stack([known.sum(), keep.sum(), (keep & right).sum()])]
-            counts += [torch.bincount(one, minlength=classes) for one in (truth[known], label[known], truth[known & right])]
+            sure = known & (conf > conf.flatten().kthvalue(rank).values)  # as many pixels, whatever the way
+            counts += [torch.bincount(one, minlength=classes) for one in (truth[known], label[sure], truth[sure & right])]
             kept.setdefault(name, []).append(torch.cat(counts).float())
     shares = {distance: round(100 * (one / shared[0]).item(), 1) for distance, one in zip(DISTANCES, shared[1:])}
     return *({name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)), shares
@@ -151,7 +154,7 @@ def summarize(bins, kept):
         true, predicted, hit = sums[:, 3:].unflatten(1, (3, -1)).unbind(1)  # (1 + RESAMPLES, C)
         largest = true[0].argmax()
         recall = (hit / true.clamp(min=1)).sum(1) / (true > 0).sum(1)  # mean over the classes that are there
-        by_class = torch.stack([recall, predicted[:, largest] / known], 1)
+        by_class = torch.stack([recall, predicted[:, largest] / predicted.sum(1)], 1)
         return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1), 100 * by_class], 1)
 
     names = [f"{part}{figure}" for part in ("", "near ") for figure in ("area", *(f"error at {share}" for share in COVERAGES))]

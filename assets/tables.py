@@ -263,13 +263,10 @@ def context_summary(logs, final, inference, reports):
         shares = about.get("wrong pixels whose eight neighbors err alike, percent by distance", {})
         return f"{shares['1']:.0f}% and {shares['16']:.0f}%" if shares else ""
 
-    def largest(key):
-        if key not in reports:
-            return ""
-        report = reports[key][min(reports[key])]  # the youngest teacher
-        wide = next(figures for name, figures in report["ways"].items() if "--context" in name)["largest class"]
-        true = report["about"]["share of the largest class in the ground truth, percent"]
-        return f"{true:.1f}%, {report['ways']['raw']['largest class'][0]:.1f}%, {wide[0]:.1f}%"
+    def recall(key):
+        ways = reports.get(key, {}).get(30, {}).get("ways", {})
+        return next((f"{ways['raw']['mean recall'][0]:.1f}: {figures['mean recall'][1]:+.1f} [{figures['mean recall'][2]:+.1f}, "
+            f"{figures['mean recall'][3]:+.1f}]" for name, figures in ways.items() if "--context" in name), "")  # fmt: skip
 
     def gain(key, context):
         parts = []
@@ -282,7 +279,7 @@ def context_summary(logs, final, inference, reports):
     row("labels: area under the risk-coverage curve of raw margins, %", lambda key: label_cell(key, "raw"))
     row("the paper's 3x3, difference", lambda key: label_cell(key, "3x3 (paper)"))
     row("`--context bilateral`, difference", lambda key: label_cell(key, "`--context bilateral`"))
-    row("largest class, 10% of the run: true share, share called so by the teacher, with `--context bilateral`", largest)
+    row("recall, mean over classes, of the surest 80%: raw, then the difference with `--context bilateral`", recall)
     row("student trained with it: mIoU minus S4MC's", lambda key: difference(final[key]["bilateral"], final[key]["s4mc"]))
     row("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", lambda key: gain(key, "paper"))
     row("the same with `--context bilateral`", lambda key: gain(key, "bilateral"))
