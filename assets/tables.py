@@ -147,7 +147,7 @@ def label_table(reports, keys, ways=None):
     columns = {f"{percent}% of the run, {title}": (report["ways"], key) for percent, report in reports.items() for title, key in keys}
     rows = [f"| | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
     for name in next(iter(reports.values()))["ways"]:
-        if ways is None or any(way in name for way in ways):
+        if ways is None or name.split(": ")[-1] in ways:
             cells = [figures[name][key] for figures, key in columns.values()]
             shown = (f"{change:+.2f} [{low:+.2f}, {high:+.2f}]" if name != "raw" else f"{value:.2f}" for value, change, low, high in cells)
             rows.append(f"| {name} | {' | '.join(shown)} |")
@@ -181,7 +181,7 @@ def results(logs, final, inference, reports):
         parts += ["", "Error of the surest labels, in percent, by coverage:", ""]
         middle = {30: by_age[30]} if 30 in by_age else by_age
         shares = [(f"{share}%", f"error at {share}") for share in (20, 40, 60, 80, 90)]
-        parts += label_table(middle, shares, ("raw", "paper", "3x3, dilation 16", "--context"))
+        parts += label_table(middle, shares, ("raw", "3x3 (paper)", "3x3, dilation 16", "3x3, dilation 16, colors 0.05", "`--context bilateral`"))
     return parts
 
 
@@ -208,9 +208,11 @@ def draw(logs, final, reports):
 
     figure = Figure(figsize=(3.2 * len(logs), 3.2), layout="constrained")
     for axis, ((dataset, labels), _) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-        methods = [method for method in ("supervised", "fixmatch", "dpa", "s4mc", "bilateral") if final[dataset, labels][method]]
+        methods = ("supervised", "fixmatch", "dpa", "s4mc", "bilateral")
         for x, method in enumerate(methods):
             values = list(final[dataset, labels][method].values())
+            if not values:
+                continue
             axis.plot([x] * len(values), values, "o", alpha=0.6)
             axis.hlines(statistics.mean(values), x - 0.3, x + 0.3, color="black")
         axis.set(title=f"{NAMES[dataset]}, {labels} labels", ylabel="mIoU, %")
@@ -218,7 +220,7 @@ def draw(logs, final, reports):
     figure.savefig(ASSETS / "gains.png", dpi=80)
 
     if reports:  # how much each way of refining changes, with its interval
-        figure = Figure(figsize=(5 * len(reports), 7), layout="constrained")
+        figure = Figure(figsize=(5 + 3.5 * len(reports), 8), layout="constrained")
         for axis, ((dataset, labels), by_age) in zip(figure.subplots(1, len(reports), squeeze=False, sharey=True)[0], reports.items()):
             percent = 30 if 30 in by_age else max(by_age)
             names = list(by_age[percent]["ways"])[::-1]
@@ -229,8 +231,8 @@ def draw(logs, final, reports):
                 axis.errorbar([change for _, change, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key)
             axis.axvline(0, color="gray", linewidth=0.5)
             axis.set_yticks(range(len(names)), names, fontsize="x-small")
-            axis.set(title=f"{NAMES[dataset]}, {labels} labels, {percent}% of the run", xlabel="change of the area, points (left is better)")
-            axis.legend(fontsize="x-small")
+            axis.set(title=f"{NAMES[dataset]}, {labels} labels", xlabel="change, points (left is better)")
+            axis.legend(fontsize="x-small", loc="upper left")
         figure.savefig(ASSETS / "labels.png", dpi=80)
 
 
