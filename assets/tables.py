@@ -237,14 +237,14 @@ def draw(logs, final, reports):
 
 
 def summary(final):
-    """README's table: means over seeds, and what S4MC gains."""
+    """README's table: means with the number of seeds, and what S4MC gains."""
     methods = ("supervised", "fixmatch", "dpa", "s4mc")
-    rows = ["| images, labels | seeds | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus DPA without refinement |"]
+    rows = ["| images, labels | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus only labeled | minus DPA |"]
     rows.append("|---|---|---|---|---|---|---|")
     for (dataset, labels), of in sorted(final.items()):
-        cells = [f"{statistics.mean(of[method].values()):.2f}" if of[method] else "" for method in methods]
-        gain = difference(of["s4mc"], of["dpa"])
-        rows.append(f"| {NAMES[dataset]}, {labels} | {len(of['s4mc'])} | {' | '.join(cells)} | {gain} |")
+        cells = [f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else "" for method in methods]
+        cells += [difference(of["s4mc"], of[method]) for method in ("supervised", "dpa")]
+        rows.append(f"| {NAMES[dataset]}, {labels} | {' | '.join(cells)} |")
     return rows
 
 
