@@ -100,11 +100,6 @@ def list_folder(root, lists):
     return {"train": [item for id, item in items.items() if id not in ids], "val": [items[id] for id in ids]}
 
 
-def list_shapes(root, lists):
-    """Items of the drawn shapes, which are written to root/shapes the first time."""
-    return list_folder(write_shapes(Path(root) / "shapes"), lists)
-
-
 def list_camvid(root, lists):
     """Items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/; val and test likewise."""
     root, splits = Path(root), {}
@@ -149,8 +144,7 @@ def list_cityscapes(root, lists):
 def mask_values(classes):
     """(256,) uint8: the class of each value in a mask's file, from {value: class}; NO_CLASS for any other but 255."""
     values = np.full(256, NO_CLASS, np.uint8)
-    for value, index in {IGNORE: IGNORE, **classes}.items():
-        values[value] = index
+    values[[IGNORE, *classes]] = [IGNORE, *classes.values()]
     return values
 
 
@@ -180,7 +174,7 @@ CITYSCAPES_VALUES = {
     "labelIds": mask_values({id: IGNORE if ignored else train_id for _, id, train_id, ignored in CITYSCAPES}),
 }
 DATASETS = {
-    "shapes": Spec(None, list_shapes, {}, scales=(0.75, 1.5)),
+    "shapes": Spec(None, list_folder, {}, scales=(0.75, 1.5)),  # drawn, see `write_shapes`
     "folder": Spec(None, list_folder, {}),
     "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values({i: i for i in range(11)} | {11: IGNORE})}),
     "pascal": Spec(PASCAL_CLASSES, list_pascal, {}),
@@ -210,9 +204,9 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     Raises InputError for an unknown dataset, list or id, and for a part in use that is empty or lacks files.
     """
     spec, lists = DATASETS[name], Path(splits or SPLITS) / name
+    root = write_shapes(Path(root) / "shapes") if name == "shapes" else Path(root)
     items = spec.list_items(root, lists)
-    place = Path(root) / "shapes" if name == "shapes" else Path(root)
-    classes = spec.classes or tuple(id_list(place / "classes.txt"))
+    classes = spec.classes or tuple(id_list(root / "classes.txt"))
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
     training = {"labeled", "unlabeled"} & set(use)
     if training and not items["train"]:
@@ -329,10 +323,8 @@ def random_view(image, mask, crop, scales, rng):
     the mask is 255. Only the part of the image that the crop shows is resized.
     """
     scale = rng.uniform(*scales)
-    shown = [min(side, round(crop / scale)) for side in image.size]  # width and height, in pixels of the image
-    size = [  # in pixels of the view
-        crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)
-    ]
+    shown = [min(side, round(crop / scale)) for side in image.size]  # width and height in the image; in the view:
+    size = [crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)]
     left, top = (int(rng.integers(side - part + 1)) for part, side in zip(shown, image.size))
     box = (left, top, left + shown[0], top + shown[1])
     x, y = (int(rng.integers(crop - side + 1)) for side in size)  # > 0: padding before
@@ -349,13 +341,11 @@ def random_view(image, mask, crop, scales, rng):
     return view, label, valid
 
 
-STRONG = v2.Compose(  # FixMatch's strong view of a weak one, with the field's usual strengths
-    [
-        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
-    ]
-)
+STRONG = v2.Compose([  # FixMatch's strong view of a weak one, with the field's usual strengths
+    v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
+    v2.RandomGrayscale(p=0.2),
+    v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
+])  # fmt: skip
 
 
 def strong_views(weak, seed, numbers):
@@ -441,10 +431,7 @@ class TrainingViews(Dataset):
 
 
 def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
-    """One batch per step of the range `steps`, for one process of `world`.
-
-    Together the processes see what one process with batch B*world would see.
-    """
+    """One batch per step of `steps` for one process of `world`; together they see one process's batch of B * world."""
     views = TrainingViews(data, crop, framework, seed)
     numbers = [sample_numbers(step, batch_size, rank, world) for step in steps]
     return DataLoader(
@@ -481,7 +468,8 @@ FORMS = {  # signed distance in pixels from the outline, negative inside; (u, v)
     "disc": lambda u, v, radius: np.hypot(u, v) - radius,
     "square": lambda u, v, radius: np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius,
     "triangle": lambda u, v, radius: (
-        np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in np.pi * np.array([1 / 2, 7 / 6, 11 / 6])]) - 0.6 * radius
+        np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)])
+        - 0.6 * radius
     ),
 }
 TEXTURES = {  # where the second of an object's two shades shows
@@ -514,7 +502,7 @@ def draw_shapes(index):
         dy, dx = y - rng.uniform(0, size), x - rng.uniform(0, size)
         return dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
 
-    for _ in range(rng.integers(4, 9)):  # clutter: background, however it looks
+    for _ in range(rng.integers(4, 9)):  # clutter, labeled background
         u, v = placed()
         image[np.hypot(u / rng.uniform(2, 14), v / rng.uniform(2, 8)) < 1] = rng.uniform(0, 1, 3)
     for _ in range(rng.integers(3, 6)):
@@ -523,7 +511,7 @@ def draw_shapes(index):
         u, v = placed()
         radius, period = rng.uniform(14, 30), rng.uniform(6, 9)
         distance = FORMS[form](u, v, radius)
-        one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, whichever way round
+        one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, in either order
         two = one * rng.uniform(0.1, 0.4)
         one, two = (one, two) if rng.random() < 0.5 else (two, one)
         if texture != "ringed":

@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
-from model import load_checkpoint, load_network, start_processes
-from refine import bilateral, confidence, dpa_threshold, pseudo_labels, refine
+from model import load_checkpoint, load_network, over_processes, start_processes
+from refine import bilateral, confidence, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
@@ -154,9 +154,8 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=
         prediction = predict(network, image.to(device), protocol).argmax(1)
         confusion += confusion_matrix(prediction, label, classes)
         boundaries += boundary_confusion(prediction, label, classes)
-    if world > 1:
-        dist.all_reduce(confusion)
-        dist.all_reduce(boundaries)
+    over_processes(confusion)
+    over_processes(boundaries)
     if not confusion.any():
         raise InputError("no pixel of the images to score has a label; expected class indices, not only 255")
     iou, miou = intersection_over_union(confusion, data.classes)
@@ -225,13 +224,13 @@ def label_figures(counts):
 def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0, rank=0, world=1):
     """`label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
     counts, options = torch.zeros(8, dtype=torch.long, device=device), label_options(args, prior)
+    if protocol.eval_mode == "center-crop":  # a way to score, not to label
+        protocol = protocol._replace(eval_mode="original")
     for image, truth in evaluation_loader(data, items, workers, rank, world):
         prob, truth = predict(network, image.to(device), protocol), truth.to(device)
         pseudo = pseudo_labels(prob, None, **options | {"threshold": image_threshold(prob, args)})
         counts += label_counts(prob, pseudo, truth, torch.ones_like(truth, dtype=torch.bool), options)
-    if world > 1:
-        dist.all_reduce(counts)
-    return label_figures(counts)
+    return label_figures(over_processes(counts))
 
 
 def image_threshold(prob, args):
@@ -338,12 +337,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", help="last.pth or best.pth of a run")
     add("--root", help="folder of the dataset; default: the one of the run")
-    add("--split", choices=("val", "test", "train"), default="val", help="the images to score; default: val")
+    add("--split", choices=("val", "test", "train"), help="the images to score; default: val")
     add("--eval-mode", choices=EVAL_MODES, help="how images are predicted; default: the run's way")
     add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
-    add("--context", choices=CONTEXTS, help="of --refine and --pseudo-labels; default: the run's")
+    add("--context", choices=CONTEXTS, help="of --refine and --pseudo-labels: the paper's or wider; default: the run's")
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
     add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
@@ -353,6 +352,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.context and not (args.refine or args.pseudo_labels):
         parser.error("--context says how to refine; expected --refine or --pseudo-labels beside it")
+    if args.pseudo_labels and (args.refine or args.split):
+        parser.error("--pseudo-labels are refined as in the run, on unlabeled images; expected no --refine, no --split")
     return args
 
 
@@ -363,14 +364,15 @@ def main(args):
     rank, world, device = start_processes(args.device)
     network = load_network(checkpoint, "student" if args.student else "teacher")
     network = network.to(device, memory_format=torch.channels_last)
-    part = "unlabeled" if args.pseudo_labels else args.split
+    part = "unlabeled" if args.pseudo_labels else args.split or "val"
     parts = ("labeled", "unlabeled") if part == "train" else (part,)
     data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
     if list(data.classes) != checkpoint["classes"]:
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
     items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
     options = refinement_options(run, prior) if args.refine else None
-    context = (args.context or run["context"]) if args.refine or args.pseudo_labels else "paper"
+    run["context"] = args.context or run["context"]
+    context = run["context"] if args.refine or args.pseudo_labels else "paper"
     protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, context)
     sharing = {"workers": args.workers, "rank": rank, "world": world}
     if args.pseudo_labels:

@@ -198,6 +198,13 @@ def load_network(checkpoint, which="teacher"):
 # processes
 
 
+def over_processes(tensor, operation=dist.ReduceOp.SUM):
+    """The tensor, which becomes, in place, its sum (or other operation) over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
 def start_processes(wanted="auto"):
     """Joins the processes of torchrun, where it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -213,7 +220,7 @@ def start_processes(wanted="auto"):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
-        # Within one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
+        # On one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
         store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])

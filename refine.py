@@ -85,11 +85,12 @@ def refine(
 
     refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
 
-    prob (B,C,H,W) -> (B,C,H,W), each value 0..1. A neighbor outside the image does not exist.
+    prob (B,C,H,W) -> (B,C,H,W), each value 0..1. A neighbor outside the image, or with all probabilities 0, which marks
+    padding, does not exist.
     neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
     select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
         "random" one position per pixel among those inside the image, the same for all classes (Table 4a);
-        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta.
+        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta; no `prior` then.
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device.
@@ -101,8 +102,8 @@ def refine(
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
     if select not in ("max", "min", "random", "mean"):
         raise ValueError(f"select {select!r} is unknown; expected 'max', 'min', 'random' or 'mean'")
-    if neighbors < 1:
-        raise ValueError(f"neighbors {neighbors} is too small; expected 1 or more")
+    if neighbors < 1 or (select == "mean" and (neighbors > 1 or prior is not None)):
+        raise ValueError(f"neighbors {neighbors} does not fit; expected 1 or more, with 'mean' 1 and no prior")
     batch, classes, height, width = prob.shape
     if prior is not None and prior.shape != (classes,):
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
@@ -113,13 +114,17 @@ def refine(
         """The (…,H,W) view of a padded tensor that holds each pixel's neighbor (dy, dx)."""
         return around[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
 
-    if guide is not None:
-        around = F.pad(guide, [reach] * 4)
-        apart = [(neighbor(around, dy, dx) - guide).square().sum(1, keepdim=True) for dy, dx, _ in grid]  # (B,1,H,W)
-        grid = [(dy, dx, beta * torch.exp(d / (-2 * guide_sigma**2))) for (dy, dx, beta), d in zip(grid, apart)]
+    def weighted(grid):
+        """The grid with beta, a number, or with a guide (B,1,H,W)."""
+        around = None if guide is None else F.pad(guide, [reach] * 4)
+        for dy, dx, beta in grid:
+            if guide is not None:
+                apart = (neighbor(around, dy, dx) - guide).square().sum(1, keepdim=True)
+                beta = beta * torch.exp(apart / (-2 * guide_sigma**2))
+            yield dy, dx, beta
 
     if select == "max" and neighbors == 1 and prior is None:
-        unions = []
+        grid, unions = list(weighted(grid)), []
         for p in prob.split(3, 1):  # a few classes at a time, which stay in a CPU's cache
             around, best = F.pad(p, [reach] * 4), torch.zeros_like(p)
             for dy, dx, beta in grid:
@@ -127,10 +132,10 @@ def refine(
             unions.append(torch.addcmul(p, best, 1 - p))  # Eq. 10 with Eq. 14: p + beta (q - p q)
         return torch.cat(unions, 1)
 
-    exists = F.pad(torch.ones_like(prob[:1, :1]), [reach] * 4) > 0
+    around, exists = (F.pad(x, [reach] * 4) for x in (prob, prob.sum(1, keepdim=True) > 0))
     if select == "mean":
-        around, total, weights = F.pad(prob, [reach] * 4), prob.clone(), torch.ones_like(prob[:, :1])
-        for dy, dx, beta in grid:
+        total, weights = prob.clone(), torch.ones_like(prob[:, :1])
+        for dy, dx, beta in weighted(grid):
             weight = beta * neighbor(exists, dy, dx)
             total.addcmul_(neighbor(around, dy, dx), weight)
             weights += weight
@@ -140,7 +145,7 @@ def refine(
     floor = torch.zeros(()) if prior is None else prior.to(prob).view(-1, 1, 1)
     if select == "random":
         score_of = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
-    around, refined, taken = F.pad(prob, [reach] * 4), prob, []
+    grid, refined, taken = list(weighted(grid)), prob, []
     for _ in range(min(neighbors, len(grid))):
         current, best = refined, torch.full_like(prob, -torch.inf)
         chosen = torch.full_like(prob, -1, dtype=torch.int8)
@@ -158,10 +163,10 @@ def refine(
 
 
 def bilateral(prob, images, valid=None):
-    """Wider context [ours]: prob (B,C,H,W), joint bilateral filter (Petschnigg et al., 2004) along the images' colors.
+    """Wider context [ours]: each pixel's mean with a 7x7 grid of pixels, 8 apart, weighted by how alike the colors are.
 
-    Its neighbors are far enough to err on their own and alike enough to share the class. images (B,3,H,W) uint8; valid
-    (B,H,W) bool, False on padding, which has no part in it. Returns a distribution again, (B,C,H,W).
+    A joint bilateral filter (Petschnigg et al., 2004). prob (B,C,H,W), images (B,3,H,W) uint8, valid (B,H,W) bool,
+    False on padding, which takes no part -> (B,C,H,W), a distribution.
     """
     guide = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
     if valid is not None:

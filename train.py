@@ -1,6 +1,6 @@
 """One training run of S4MC: a few labeled images, many unlabeled ones, DeepLabv3+ and its moving-average teacher.
 
-    python train.py                                                           # drawn shapes, CPU, three minutes
+    python train.py                                                           # drawn shapes, on a CPU, minutes
     python train.py --dataset camvid --root data --labeled 46                 # photographs
     torchrun --nproc_per_node=8 train.py --dataset pascal --labeled 92        # one process per GPU, as in the paper
 
@@ -30,7 +30,8 @@ from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, ope
 from data import strong_views, training_loader
 from evaluate import CONTEXTS, EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
-from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, save_checkpoint, start_processes, update_teacher
+from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, over_processes, save_checkpoint, start_processes
+from model import update_teacher
 from refine import bilateral, dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
@@ -83,10 +84,7 @@ def learning_rate(step, total_steps, base, power=0.9):
 
 def count(mask):
     """The number of True pixels over all processes, 0-d."""
-    total = mask.sum()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
+    return over_processes(mask.sum())
 
 
 def cross_entropy(logits, label, divisor):
@@ -104,8 +102,7 @@ def hard_pixels(logits, label, sure=0.7, per_image=50_000):
     """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure.
 
     logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the
-    hardest B * per_image pixels of this process. Both numbers are common practice on
-    Cityscapes, there 100,000 for two images.
+    hardest B * per_image pixels of this process. Both numbers are common practice on Cityscapes: 100,000 of two images.
     """
     own = logits.softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
     prob = own.masked_fill(label == IGNORE, torch.inf)
@@ -233,20 +230,13 @@ def main(args):
         evaluating = done == args.iters or done % args.eval_steps == 0
         if not (evaluating or done % args.log_every == 0 or (stop and world == 1)):
             continue
-        if world > 1:
-            dist.all_reduce(losses)
-        mean = (losses / (world * (done - logged))).tolist()
+        mean = (over_processes(losses) / (world * (done - logged))).tolist()
         if not math.isfinite(mean[0]):
-            raise InputError(
-                f"the loss is {mean[0]} between the steps {logged + 1} and {done}; {last_good(out)}; "
-                "lower --lr and --head-lr"
-            )
+            raise not_finite(f"the loss is {mean[0]} between the steps {logged + 1} and {done}", out)
         record = {"event": "train", "step": done, "epoch": done / args.steps_per_epoch}
         record |= {"lr": optimizer.param_groups[0]["lr"], "loss": mean[0], "loss_x": mean[1]}
         if unlabeled:
-            counts = label_counts(prob, pseudo, batch["truth"], valid, options)
-            if world > 1:
-                dist.all_reduce(counts)
+            counts = over_processes(label_counts(prob, pseudo, batch["truth"], valid, options))
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
         record["seconds_per_step"] = (time.perf_counter() - since) / (done - logged)
         record["images_per_second"] = args.batch_size * world * (1 + unlabeled) / record["seconds_per_step"]
@@ -267,14 +257,12 @@ def main(args):
             VF.to_pil_image(picture).save(out / "panels" / f"step-{done:06d}.png")
             if board:
                 board.add_image("panel", picture, done)
-        stopping = torch.tensor(max(stop, default=0), device=device)  # that of any process
-        if world > 1:
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-        stopping = stopping.item()
+        stopping = torch.tensor(max(stop, default=0), device=device)
+        stopping = over_processes(stopping, dist.ReduceOp.MAX).item()  # that of any process
         # Saved after evaluating, or a resumed run would skip that evaluation.
         if rank == 0 and (evaluating or stopping or time.monotonic() - saved > 60 * args.save_every):
             if not all(parameter.isfinite().all() for parameter in student.parameters()):
-                raise InputError(f"weights are not finite after step {done}; {last_good(out)}; lower --lr, --head-lr")
+                raise not_finite(f"weights are not finite after step {done}", out)
             run = {
                 "step": done, "best": best, "args": vars(args), "classes": list(data.classes), "prior": prior,
                 "labeled": [item.id for item in data.labeled], "unlabeled": [item.id for item in data.unlabeled],
@@ -304,10 +292,8 @@ def settle_length(args, data, world):
     images, in a supervised run over the labeled ones. Raises InputError for a batch of one or an endless warm-up."""
     images = data.labeled if args.framework == "supervised" else data.unlabeled
     args.steps_per_epoch = math.ceil(len(images) / (args.batch_size * world))
-    if not args.iters:
-        args.iters = args.epochs * args.steps_per_epoch
-        if args.framework == "supervised":
-            args.iters = max(args.iters, SUPERVISED_FLOOR)
+    floor = SUPERVISED_FLOOR if args.framework == "supervised" else 0
+    args.iters = args.iters or max(args.epochs * args.steps_per_epoch, floor)
     if args.warmup_iters is None:
         args.warmup_iters = args.warmup_epochs * args.steps_per_epoch
     args.eval_steps = args.eval_every * args.steps_per_epoch if args.eval_every else math.ceil(args.iters / 10)
@@ -324,11 +310,9 @@ def settle_length(args, data, world):
 def find_checkpoint(args, data):
     """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
     out, last = Path(args.out), Path(args.out) / "last.pth"
-    if not args.resume:
-        if (out / "args.json").exists():
-            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-        return None
-    if not last.exists():
+    if not args.resume and (out / "args.json").exists():
+        raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+    if not (args.resume and last.exists()):
         return None
     checkpoint = load_checkpoint(last)
     saved, now = checkpoint["args"], vars(args)
@@ -348,11 +332,9 @@ def open_run(args, data, first, rank, device):
     Returns the writer of --tensorboard, or None. Raises InputError where processes found different checkpoints.
     """
     out, world = Path(args.out), args.processes
-    if world > 1:
-        steps = torch.tensor([first, -first], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise InputError(f"--resume: the processes find different checkpoints in {out}; use a shared folder")
+    steps = over_processes(torch.tensor([first, -first], device=device), dist.ReduceOp.MAX)
+    if steps[0] != -steps[1]:
+        raise InputError(f"--resume: the processes find different checkpoints in {out}; use a shared folder")
     if rank != 0:
         return None
     (out / "panels").mkdir(parents=True, exist_ok=True)
@@ -369,9 +351,9 @@ def open_run(args, data, first, rank, device):
     sizes = [len(data.labeled), len(data.unlabeled), len(data.val)]
     print(f"{data.name}: {sizes[0]} labeled, {sizes[1]} unlabeled, {sizes[2]} validation images")
     print(f"{args.framework}, {args.backbone} on {world} x {name}; ", end="")
-    print(f"{args.iters} steps of {args.batch_size} labeled", end="")
-    if args.framework != "supervised":
-        print(f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only", end="")
+    more = f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only"
+    more = " images" if args.framework == "supervised" else more
+    print(f"{args.iters} steps of {args.batch_size} labeled{more}", end="")
     print(f"\n{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
     if not args.tensorboard:
         return None
@@ -413,10 +395,11 @@ def average_statistics(network, world):
             statistic /= world
 
 
-def last_good(out):
-    """Half a sentence about last.pth."""
+def not_finite(what, out):
+    """The error for a loss or weights that are not finite."""
     last = out / "last.pth"
-    return f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
+    good = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint had been written yet"
+    return InputError(f"{what}; {good}; lower --lr and --head-lr")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -470,15 +453,15 @@ def parse_args(argv=None):
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
     add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
-    add("--context", choices=CONTEXTS, default="paper", help="bilateral: the teacher's mean over the view and its mirror "
-        "image, and over alike pixels around; then as in the paper [ours]")
+    add("--context", choices=CONTEXTS, default="paper", help="bilateral: first averages the teacher's probabilities "
+        "over the view, its mirror image and pixels of similar color; two teacher passes [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10; without: 1 [paper]")
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add("--alpha-end", type=share, default=0.0, help="the same at the end [paper: 0]")
+    add("--alpha-end", type=share, default=0.0, help="the same at the end [paper: 0; more: ours]")
     add("--threshold", type=float, help="fixed, in place of Eq. 6 [FixMatch: 0.95 with --confidence max]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept",

@@ -1,6 +1,7 @@
 """Which context ranks a teacher's pseudo-labels best: many ways of refining, the same predictions, no training.
 
     python assets/labels.py runs/results/animals-31-s4mc-0/step-000100.pth --name animals-31-10 [--images 100]
+    python assets/labels.py runs/results/shapes-24-bilateral-0/last.pth --picture assets/context.png
 
 Writes assets/labels/NAME.json, which `python assets/tables.py` reads. On unlabeled images whose ground truth is known,
 everywhere and within 5 pixels of a contour: the area under the risk-coverage curve (the error of the surest pixels,
@@ -68,7 +69,9 @@ def ways(prob, mirrored, image, colors, features, prior):
         (7, 16, 0.1, False), (7, 8, 0.03, False), (7, 8, 0.05, False), (7, 8, 0.2, False), (7, 4, 0.1, False),
     ):  # fmt: skip
         options = dict(select="mean", dilation=dilation, distance_weight=weight, guide=colors, guide_sigma=sigma)
-        name = f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}{'' if weight else ', beta 1'}"
+        name = (
+            f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}{'' if weight else ', beta 1'}"
+        )
         yield name, refine(prob, neighborhood, **options), None
         yield f"{name}, both views", refine(average, neighborhood, **options), None
     both = union(prob, mirrored)
@@ -78,7 +81,11 @@ def ways(prob, mirrored, image, colors, features, prior):
     yield "3x3, dilation 16, colors 0.1, then mirrored view", union(guided, mirrored), None
     yield "mean with mirrored view", average, None
     yield "mean with mirrored view, then 3x3, dilation 16, colors 0.1", refine(average, dilation=16, guide=colors), None
-    yield "7x7, dilation 8, colors 0.05, beta 1, both views, then 3x3: `--context bilateral`", refine(bilateral(average, image)), None
+    yield (
+        "7x7, dilation 8, colors 0.05, beta 1, both views, then 3x3: `--context bilateral`",
+        refine(bilateral(average, image)),
+        None,
+    )
 
 
 def shared_errors(prediction, wrong, distance):
@@ -95,10 +102,14 @@ def shared_errors(prediction, wrong, distance):
 def count(network, data, items, prior):
     """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3 + 3C)
     counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins, and by class all true
-    pixels and, at equal coverage, the predicted and right ones}, and {distance: share of the wrong pixels whose neighbors all err alike}."""
+    pixels and, at equal coverage, the predicted and right ones}, and {distance: share of the wrong pixels whose neighbors all
+    predict the same}."""
     bins, kept, shared, classes = {}, {}, torch.zeros(1 + len(DISTANCES)), len(data.classes)
     for image, truth in evaluation_loader(data, items):
-        weak, colors = normalize(image), F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
+        weak, colors = (
+            normalize(image),
+            F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False),
+        )  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
         low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
@@ -106,18 +117,24 @@ def count(network, data, items, prior):
         rank = 1 + int(ALPHA * (truth.numel() - 1))
         threshold = confidence(prob).flatten().kthvalue(rank).values
         wrong = known & (prob.argmax(1) != truth)
-        shared += torch.stack([wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)])
+        shared += torch.stack(
+            [wrong.sum(), *(shared_errors(prob.argmax(1), wrong, distance) for distance in DISTANCES)]
+        )
         for name, refined, label in ways(prob, mirrored, image, colors, features, prior):
             label = refined.argmax(1) if label is None else label
             conf, right = confidence(refined), label == truth
-            unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: 1/64 wide, relatively
+            unsure = (1 - conf).clamp(0, 1).abs().view(
+                torch.int32
+            ) >> 17  # the float's upper bits: 1/64 wide, relatively
             place = (near * 2 + right) * 2**13 + unsure
             counts = torch.bincount(place[known], minlength=4 * 2**13).float().view(2, 2, 2**13)
             bins.setdefault(name, []).append(counts)
             keep = known & (conf > threshold)
             counts = [torch.stack([known.sum(), keep.sum(), (keep & right).sum()])]
             sure = known & (conf > conf.flatten().kthvalue(rank).values)  # as many pixels, whatever the way
-            counts += [torch.bincount(one, minlength=classes) for one in (truth[known], label[sure], truth[sure & right])]
+            counts += [
+                torch.bincount(one, minlength=classes) for one in (truth[known], label[sure], truth[sure & right])
+            ]
             kept.setdefault(name, []).append(torch.cat(counts).float())
     shares = {distance: round(100 * (one / shared[0]).item(), 1) for distance, one in zip(DISTANCES, shared[1:])}
     return *({name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)), shares
@@ -143,8 +160,10 @@ def risks(counts):
 def summarize(bins, kept):
     """{way: {figure: [value, difference from raw, its lower and upper end]}}, in percent and points."""
     images = len(kept["raw"])
-    drawn = torch.multinomial(torch.ones(RESAMPLES, images), images, replacement=True, generator=torch.Generator().manual_seed(0))
-    weights = torch.cat([torch.ones(1, images), F.one_hot(drawn, images).sum(1).float()])  # the first row: as it is
+    samples = torch.multinomial(
+        torch.ones(RESAMPLES, images), images, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    weights = torch.cat([torch.ones(1, images), F.one_hot(samples, images).sum(1).float()])  # the first row: as it is
 
     def figures(name):
         everywhere = risks((weights @ bins[name].sum(1).flatten(1)).view(len(weights), 2, -1))
@@ -157,7 +176,11 @@ def summarize(bins, kept):
         by_class = torch.stack([recall, predicted[:, largest] / predicted.sum(1)], 1)
         return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1), 100 * by_class], 1)
 
-    names = [f"{part}{figure}" for part in ("", "near ") for figure in ("area", *(f"error at {share}" for share in COVERAGES))]
+    names = [
+        f"{part}{figure}"
+        for part in ("", "near ")
+        for figure in ("area", *(f"error at {share}" for share in COVERAGES))
+    ]
     names += ["kept", "error of kept", "mean recall", "largest class"]
     raw, report = figures("raw"), {}
     for name in bins:
@@ -197,8 +220,9 @@ def main():
     """One checkpoint, one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of train.py")
-    parser.add_argument("--picture", help="file to write in place of figures: labels by both contexts, as in README")
-    parser.add_argument("--name", help="of the file to write, DATASET-LABELS-PERCENT OF THE RUN")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--name", help="of the file to write, DATASET-LABELS-PERCENT OF THE RUN; MobileNetV2 only")
+    what.add_argument("--picture", help="file to write in place of figures: labels by both contexts, as in README")
     parser.add_argument("--images", type=int, default=100, help="unlabeled images, evenly spaced")
     args = parser.parse_args()
     checkpoint = load_checkpoint(args.checkpoint)
@@ -213,12 +237,18 @@ def main():
     about = {"step": checkpoint["step"], "iters": run["iters"], "seed": run["seed"], "images": len(items)}
     true = kept["raw"].sum(0)[3:].view(3, -1)[0]
     about["share of the largest class in the ground truth, percent"] = round(100 * (true.max() / true.sum()).item(), 1)
-    about["wrong pixels whose eight neighbors err alike, percent by distance"] = shares
+    about["wrong pixels whose eight neighbors predict the same, percent by distance"] = shares
     (ASSETS / "labels").mkdir(exist_ok=True)
     report = {"about": about, "ways": summarize(bins, kept)}
     (ASSETS / "labels" / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, figures in report["ways"].items():
-        print(f"{name:62}" + "  ".join("{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key]) for key in ("area", "near area", "error at 100", "mean recall", "largest class")))
+        print(
+            f"{name:62}"
+            + "  ".join(
+                "{:6.2f} {:+5.2f} [{:+.2f} {:+.2f}]".format(*figures[key])
+                for key in ("area", "near area", "error at 100", "mean recall", "largest class")
+            )
+        )
 
 
 if __name__ == "__main__":

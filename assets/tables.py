@@ -1,4 +1,4 @@
-"""Writes docs/results.md, README's results and the pictures from assets/logs and assets/labels: no figure is typed by hand.
+"""Writes docs/results.md, README's tables and the pictures from assets/logs, labels and inference: none is typed by hand.
 
     python assets/tables.py keep runs/results/NAME      # a finished run's log, shortened, into assets/logs/NAME.jsonl
     python assets/tables.py                             # everything else; the pictures where matplotlib is installed
@@ -28,7 +28,18 @@ METHODS = {
     "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
 SMALL = {  # one seed each
-    "Table 4a in small: neighborhoods": ("dpa", "cross", "s4mc", "5x5", "7x7", "two", "min", "random", "prior", "dilation4"),
+    "Table 4a in small: neighborhoods": (
+        "dpa",
+        "cross",
+        "s4mc",
+        "5x5",
+        "7x7",
+        "two",
+        "min",
+        "random",
+        "prior",
+        "dilation4",
+    ),
     "Table 4b in small: alpha0": ("alpha20", "s4mc", "alpha60", "alpha80"),
     "Table 5 in small: confidence": ("max", "entropy", "s4mc"),
 }
@@ -55,7 +66,13 @@ def keep(run):
     kept = [{name: value for name, value in args.items() if name not in folders}]
     for line in lines:
         if line["event"] == "val" or line["step"] % (args["iters"] // 20) < args["log_every"]:
-            kept.append({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items() if name in wanted})
+            kept.append(
+                {
+                    name: round(value, 4) if isinstance(value, float) else value
+                    for name, value in line.items()
+                    if name in wanted
+                }
+            )
     (ASSETS / "logs").mkdir(exist_ok=True)
     (ASSETS / "logs" / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -110,14 +127,23 @@ def training_table(runs, final):
         boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in runs[method].values())
         base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
         cells += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
-        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} | {'' if method == base else difference(final[base], final[method])} |")
+        rows.append(
+            f"| {METHODS[method]} | {' | '.join(cells)} | {'' if method == base else difference(final[base], final[method])} |"
+        )
     return rows
 
 
 def inference_table(runs, scores):
     """What refinement at inference gains, mIoU and boundary IoU, over the same teachers' plain predictions."""
-    rows = ["", "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:", ""]
-    rows += ["| teacher of | as in the paper: mIoU | boundary | `--context bilateral`: mIoU | boundary |", "|---|---|---|---|---|"]
+    rows = [
+        "",
+        "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:",
+        "",
+    ]
+    rows += [
+        "| teacher of | as in the paper: mIoU | boundary | `--context bilateral`: mIoU | boundary |",
+        "|---|---|---|---|---|",
+    ]
     for method in (method for method in METHODS if method in scores):
         cells = []
         for context in ("paper", "bilateral"):
@@ -133,10 +159,16 @@ def small_tables(runs, final):
     parts = []
     for title, methods in SMALL.items():
         there = [method for method in methods if 0 in final[method]]
-        if len(there) > 1:
+        if set(there) - {"dpa", "s4mc"}:
             parts += ["", f"**{title}**, seed 0 only, so that two points are noise:", "", f"| | {' | '.join(there)} |"]
-            parts += [f"|{'---|' * (len(there) + 1)}", "| mIoU | " + " | ".join(f"{final[m][0]:.2f}" for m in there) + " |"]
-            kept = [next((line for line in reversed(runs[m][0]) if "kept" in line and line["alpha"] >= 0.1), None) for m in there]
+            parts += [
+                f"|{'---|' * (len(there) + 1)}",
+                "| mIoU | " + " | ".join(f"{final[m][0]:.2f}" for m in there) + " |",
+            ]
+            kept = [
+                next((line for line in reversed(runs[m][0]) if "kept" in line and line["alpha"] >= 0.1), None)
+                for m in there
+            ]
             parts += ["| kept, % at alpha 0.1 | " + " | ".join(f"{100 * line['kept']:.1f}" for line in kept) + " |"]
             parts += ["| correct, % | " + " | ".join(f"{100 * line['correct']:.1f}" for line in kept) + " |"]
     return parts
@@ -144,44 +176,75 @@ def small_tables(runs, final):
 
 def label_table(reports, keys, ways=None):
     """What ways of refining change, {column: figures of assets/labels.py by way}, with their intervals."""
-    columns = {f"{percent}% of the run, {title}": (report["ways"], key) for percent, report in reports.items() for title, key in keys}
+    columns = {
+        f"{percent}% of the run, {title}": (report["ways"], key)
+        for percent, report in reports.items()
+        for title, key in keys
+    }
     rows = [f"| | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
     for name in next(iter(reports.values()))["ways"]:
         if ways is None or name.split(": ")[-1] in ways:
             cells = [figures[name][key] for figures, key in columns.values()]
-            shown = (f"{change:+.2f} [{low:+.2f}, {high:+.2f}]" if name != "raw" else f"{value:.2f}" for value, change, low, high in cells)
+            shown = (
+                f"{change:+.2f} [{low:+.2f}, {high:+.2f}]" if name != "raw" else f"{value:.2f}"
+                for value, change, low, high in cells
+            )
             rows.append(f"| {name} | {' | '.join(shown)} |")
     return rows
 
 
 def results(logs, final, inference, reports):
     """docs/results.md, as lines."""
-    parts = ["# Results", "", "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in"]
-    parts += ["[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in"]
-    parts += ["percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a"]
+    parts = [
+        "# Results",
+        "",
+        "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in",
+    ]
+    parts += [
+        "[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in"
+    ]
+    parts += [
+        "percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a"
+    ]
     parts += ["95% interval of Student's t."]
     for (dataset, labels), runs in logs.items():
         args = next(iter(next(iter(runs.values())).values()))[0]
         commits = sorted({lines[0]["commit"][:7] for of in runs.values() for lines in of.values()})
         parts += ["", f"## {NAMES[dataset]}, {labels} labels", "", NOTES[dataset], ""]
-        parts += [f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"]
+        parts += [
+            f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"
+        ]
         parts[-1] += f", the first {args['warmup_iters']} with only labeled images; {args['optimizer']},"
-        parts += [f"learning rates {args['lr']} / {args['head_lr']}; two CPU cores, torch {args['torch']}, commits {', '.join(commits)}.", ""]
+        parts += [
+            f"learning rates {args['lr']} / {args['head_lr']}; two CPU cores, torch {args['torch']}, commits {', '.join(commits)}.",
+            "",
+        ]
         parts += training_table(runs, final[dataset, labels]) + inference_table(runs, inference[dataset, labels])
         parts += small_tables(runs, final[dataset, labels])
     parts += ["", "![mIoU, labels kept and labels correct over steps](../assets/curves.png)"]
+    parts += ["", "![What each way of refining changes, with intervals](../assets/labels.png)"] if reports else []
     for (dataset, labels), by_age in reports.items():
         images = next(iter(by_age.values()))["about"]["images"]
         parts += ["", f"## Pseudo-labels without training: {NAMES[dataset]}, {labels} labels", ""]
-        parts += [f"On {images} unlabeled images whose ground truth is known, with the teachers of one S4MC run (seed 0): raw margins, then the"]
-        parts += ["difference that each way of refining makes, with a 95% interval by bootstrap over images. Area under the risk-coverage"]
-        parts += ["curve in percent (the mean error of the surest pixels over all coverages), everywhere and within 5 pixels of a contour;"]
+        parts += [
+            f"On {images} unlabeled images whose ground truth is known, with the teachers of one S4MC run (seed 0): raw margins, then the"
+        ]
+        parts += [
+            "difference that each way of refining makes, with a 95% interval by bootstrap over images. Area under the risk-coverage"
+        ]
+        parts += [
+            "curve in percent (the mean error of the surest pixels over all coverages), everywhere and within 5 pixels of a contour;"
+        ]
         parts += ["recall: share of a class's pixels with a right label among the surest 80%, mean over classes.", ""]
         parts += label_table(by_age, (("area", "area"), ("near contours", "near area"), ("recall", "mean recall")))
         parts += ["", "Error of the surest labels, in percent, by coverage:", ""]
         middle = {30: by_age[30]} if 30 in by_age else by_age
         shares = [(f"{share}%", f"error at {share}") for share in (20, 40, 60, 80, 90)]
-        parts += label_table(middle, shares, ("raw", "3x3 (paper)", "3x3, dilation 16", "3x3, dilation 16, colors 0.05", "`--context bilateral`"))
+        parts += label_table(
+            middle,
+            shares,
+            ("raw", "3x3 (paper)", "3x3, dilation 16", "3x3, dilation 16, colors 0.05", "`--context bilateral`"),
+        )
     return parts
 
 
@@ -221,14 +284,21 @@ def draw(logs, final, reports):
 
     if reports:  # how much each way of refining changes, with its interval
         figure = Figure(figsize=(5 + 3.5 * len(reports), 8), layout="constrained")
-        for axis, ((dataset, labels), by_age) in zip(figure.subplots(1, len(reports), squeeze=False, sharey=True)[0], reports.items()):
+        for axis, ((dataset, labels), by_age) in zip(
+            figure.subplots(1, len(reports), squeeze=False, sharey=True)[0], reports.items()
+        ):
             percent = 30 if 30 in by_age else max(by_age)
             names = list(by_age[percent]["ways"])[::-1]
             for key, color, shift in (("area", "tab:blue", 0.15), ("near area", "tab:orange", -0.15)):
                 figures = [by_age[percent]["ways"][name][key] for name in names]
-                errors = [[change - low for _, change, low, _ in figures], [high - change for _, change, _, high in figures]]
+                errors = [
+                    [change - low for _, change, low, _ in figures],
+                    [high - change for _, change, _, high in figures],
+                ]
                 places = [y + shift for y in range(len(names))]
-                axis.errorbar([change for _, change, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key)
+                axis.errorbar(
+                    [change for _, change, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key
+                )
             axis.axvline(0, color="gray", linewidth=0.5)
             axis.set_yticks(range(len(names)), names, fontsize="x-small")
             axis.set(title=f"{NAMES[dataset]}, {labels} labels", xlabel="change, points (left is better)")
@@ -239,10 +309,15 @@ def draw(logs, final, reports):
 def summary(final):
     """README's table: means with the number of seeds, and what S4MC gains."""
     methods = ("supervised", "fixmatch", "dpa", "s4mc")
-    rows = ["| images, labels | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus only labeled | minus DPA |"]
+    rows = [
+        "| images, labels | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus only labeled | minus DPA |"
+    ]
     rows.append("|---|---|---|---|---|---|---|")
     for (dataset, labels), of in sorted(final.items()):
-        cells = [f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else "" for method in methods]
+        cells = [
+            f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else ""
+            for method in methods
+        ]
         cells += [difference(of["s4mc"], of[method]) for method in ("supervised", "dpa")]
         rows.append(f"| {NAMES[dataset]}, {labels} | {' | '.join(cells)} |")
     return rows
@@ -250,8 +325,11 @@ def summary(final):
 
 def context_summary(logs, final, inference, reports):
     """README's table of wider context: why, in labels, in the student, at inference."""
-    keys = [key for key in final if key in reports or inference[key]]
-    rows = [f"| | {' | '.join(f'{NAMES[dataset]}, {labels} labels' for dataset, labels in keys)} |", f"|{'---|' * (len(keys) + 1)}"]
+    keys = [key for key in logs if key in reports or inference[key]]
+    rows = [
+        f"| | {' | '.join(f'{NAMES[dataset]}, {labels} labels' for dataset, labels in keys)} |",
+        f"|{'---|' * (len(keys) + 1)}",
+    ]
 
     def row(title, cell):
         rows.append(f"| {title} | {' | '.join(cell(key) for key in keys)} |")
@@ -266,7 +344,7 @@ def context_summary(logs, final, inference, reports):
 
     def shared(key):
         about = reports.get(key, {}).get(30, {}).get("about", {})
-        shares = about.get("wrong pixels whose eight neighbors err alike, percent by distance", {})
+        shares = about.get("wrong pixels whose eight neighbors predict the same, percent by distance", {})
         return f"{shares['1']:.0f}% and {shares['16']:.0f}%" if shares else ""
 
     def recall(key):
@@ -281,12 +359,18 @@ def context_summary(logs, final, inference, reports):
             parts.append(difference(refined, {seed: lines[-1][name] for seed, lines in logs[key]["s4mc"].items()}))
         return ", ".join(part for part in parts if part)
 
-    row("wrong pixels whose eight neighbors err alike, 1 and 16 pixels apart", shared)
-    row("labels: area under the risk-coverage curve of raw margins, %", lambda key: label_cell(key, "raw"))
+    row("wrong pixels whose eight neighbors predict the same, 1 and 16 pixels apart", shared)
+    row(
+        "labels of a teacher at 30% of a run: mean error over all coverages, raw margins, %",
+        lambda key: label_cell(key, "raw"),
+    )
     row("the paper's 3x3, difference", lambda key: label_cell(key, "3x3 (paper)"))
     row("`--context bilateral`, difference", lambda key: label_cell(key, "`--context bilateral`"))
     row("recall, mean over classes, of the surest 80%: raw, then the difference with `--context bilateral`", recall)
-    row("student trained with it: mIoU minus S4MC's", lambda key: difference(final[key]["bilateral"], final[key]["s4mc"]))
+    row(
+        "student trained with it: mIoU minus S4MC's",
+        lambda key: difference(final[key]["bilateral"], final[key]["s4mc"]),
+    )
     row("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", lambda key: gain(key, "paper"))
     row("the same with `--context bilateral`", lambda key: gain(key, "bilateral"))
     return rows

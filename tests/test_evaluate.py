@@ -550,6 +550,9 @@ def test_bad_numbers_on_the_command_line_say_what_is_expected(capsys):
     for options, says in (
         (["--crop", "0"], "0 is out of range; expected at least 1"),
         (["--split", "all"], "invalid choice: 'all'"),
+        (["--context", "bilateral"], "expected --refine or --pseudo-labels beside it"),
+        (["--pseudo-labels", "--refine"], "expected no --refine, no --split"),
+        (["--pseudo-labels", "--split", "val"], "expected no --refine, no --split"),
     ):
         with pytest.raises(SystemExit):
             E.parse_args(["last.pth", *options])

@@ -317,6 +317,7 @@ def test_functions_leave_their_inputs_as_they_were():
         (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
         (lambda p: refine(p, select="best"), "expected 'max', 'min', 'random' or 'mean'"),
         (lambda p: refine(p, neighbors=0), "expected 1 or more"),
+        (lambda p: refine(p, neighbors=2, select="mean"), "with 'mean' 1 and no prior"),
         (lambda p: refine(p, dilation=0), "expected 1 or more"),
         (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),
         (lambda p: refine(p, prior=torch.ones(3)), "expected one number per class"),
@@ -373,8 +374,15 @@ for options in ({}, {"kind": "entropy", "refinement": False}, {"neighbors": 2, "
     assert done.returncode == 0, done.stderr
 
 
-def test_padding_is_no_neighbor():
+@pytest.mark.parametrize("options", [
+    {}, {"neighbors": 2}, {"select": "min"}, {"select": "mean"}, {"prior": torch.tensor([0.2, 0.5, 0.9])},
+])  # fmt: skip
+def test_padding_is_no_neighbor(options):
     prob, valid = random_prob(1, 3, 6, 6), torch.ones(1, 6, 6, dtype=torch.bool)
     valid[..., 4:] = False
-    padded, image = pseudo_labels(prob, None, threshold=0.2, valid=valid), pseudo_labels(prob[..., :4], None, threshold=0.2)
+    padded = pseudo_labels(prob, None, threshold=0.2, valid=valid, **options)
+    image = pseudo_labels(prob[..., :4], None, threshold=0.2, **options)
+    flat = torch.full((1, 2, 6, 6), 0.5).masked_fill(~valid[:, None], 0)
+    random = refine(flat, select="random", distance_weight=False)[..., :4]
+    assert torch.allclose(random, torch.full_like(random, 0.75))
     assert torch.equal(padded.label[..., :4], image.label) and torch.equal(padded.confidence[..., :4], image.confidence)
