@@ -790,7 +790,7 @@ def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_pat
     settled = json.loads((tmp_path / "run" / "args.json").read_text())
     assert settled["torch"] == torch.__version__ and settled["crop"] == 32 and settled["iters"] == 2
     run("--iters 1 --framework supervised", out="supervised")
-    assert "supervised, resnet10 on 1 x CPU; 1 steps of 2 labeled\n" in capsys.readouterr().out
+    assert "supervised, resnet10 on 1 x CPU; 1 steps of 2 labeled images\n" in capsys.readouterr().out
 
 
 def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_line(run, tmp_path):
