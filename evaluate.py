@@ -224,8 +224,6 @@ def label_figures(counts):
 def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0, rank=0, world=1):
     """`label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
     counts, options = torch.zeros(8, dtype=torch.long, device=device), label_options(args, prior)
-    if protocol.eval_mode == "center-crop":  # a way to score, not to label
-        protocol = protocol._replace(eval_mode="original")
     for image, truth in evaluation_loader(data, items, workers, rank, world):
         prob, truth = predict(network, image.to(device), protocol), truth.to(device)
         pseudo = pseudo_labels(prob, None, **options | {"threshold": image_threshold(prob, args)})
@@ -374,6 +372,8 @@ def main(args):
     run["context"] = args.context or run["context"]
     context = run["context"] if args.refine or args.pseudo_labels else "paper"
     protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, context)
+    if args.pseudo_labels and protocol.eval_mode == "center-crop":  # a way to score, not to label
+        protocol = protocol._replace(eval_mode="original")
     sharing = {"workers": args.workers, "rank": rank, "world": world}
     if args.pseudo_labels:
         result = evaluate_labels(network, data, items, device, protocol, run, prior, **sharing)
