@@ -163,15 +163,16 @@ def refine(
 
 
 def bilateral(prob, images, valid=None):
-    """Wider context [ours]: each pixel's mean with a 7x7 grid of pixels, 8 apart, weighted by how alike the colors are.
+    """Wider context [ours]: half of a pixel's probabilities are its own, half their mean over pixels of similar color.
 
-    A joint bilateral filter (Petschnigg et al., 2004). prob (B,C,H,W), images (B,3,H,W) uint8, valid (B,H,W) bool,
-    False on padding, which takes no part -> (B,C,H,W), a distribution.
+    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7x7 grid of pixels, 8 apart. prob (B,C,H,W),
+    images (B,3,H,W) uint8, valid (B,H,W) bool, False on padding, which takes no part -> (B,C,H,W), a distribution.
     """
     guide = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
     if valid is not None:
         guide = guide.masked_fill(~valid[:, None], 99)
-    return refine(prob, 7, select="mean", distance_weight=False, dilation=8, guide=guide, guide_sigma=0.05)
+    mean = refine(prob, 7, select="mean", distance_weight=False, dilation=8, guide=guide, guide_sigma=0.05)
+    return (prob + mean) / 2
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):

@@ -107,7 +107,8 @@ def test_the_bilateral_filter_equals_a_plain_loop_and_leaves_padding_out():
         weight = {at: math.exp(-(mean[at] - mean[y, x]).square().sum().item() / (2 * 0.05**2)) for at in mean}
         if not valid[b, y, x]:
             continue
-        expected = sum(weight[at] * prob[b, :, at[0], at[1]] for at in mean) / sum(weight.values())
+        filtered = sum(weight[at] * prob[b, :, at[0], at[1]] for at in mean) / sum(weight.values())
+        expected = (prob[b, :, y, x] + filtered) / 2
         torch.testing.assert_close(found[b, :, y, x], expected.float(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.sum(1), torch.ones(2, 19, 25))
     assert torch.equal(bilateral(prob, images), bilateral(prob, images, torch.ones_like(valid)))
