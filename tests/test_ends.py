@@ -127,8 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("defect, workers", with_slow(
-    (True, "image", 2), (True, "loss", 1), (False, "image", 0), (False, "image", 1), (False, "value", 0),
-    (False, "value", 1), (False, "value", 2), (False, "mask", 2), (False, "loss", 0), (False, "loss", 2),
+    (True, "image", 2), (True, "loss", 1), (False, "image", 0), (False, "value", 1), (False, "mask", 2), (False, "loss", 0),
 ))  # fmt: skip
 def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, defect, workers):
     root, options = camvid(tmp_path / "camvid", val=2), f"{TINY} --workers {workers} --out {tmp_path / 'run'}"
@@ -150,8 +149,7 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, 
 
 @pytest.mark.parametrize("number, group, workers", with_slow(
     (True, signal.SIGINT, True, 2), (True, signal.SIGTERM, False, 1), (False, signal.SIGINT, True, 0),
-    (False, signal.SIGINT, True, 1), (False, signal.SIGTERM, False, 0), (False, signal.SIGTERM, False, 2),
-    (False, signal.SIGTERM, True, 0), (False, signal.SIGTERM, True, 1), (False, signal.SIGTERM, True, 2),
+    (False, signal.SIGTERM, False, 0), (False, signal.SIGTERM, True, 2),
 ))  # fmt: skip
 def test_a_signal_saves_a_checkpoint_says_so_and_ends(tmp_path, start, root, number, group, workers):
     run = start("train.py", f"{TINY} --root {root} --workers {workers} --out {tmp_path / 'run'}")
@@ -197,7 +195,7 @@ def photographs(tmp_path_factory):
     return camvid(tmp_path_factory.mktemp("many") / "camvid", train=2, val=40, size=(640, 480))
 
 
-@pytest.mark.parametrize("workers", with_slow((False, 0), (True, 1), (False, 2)))
+@pytest.mark.parametrize("workers", with_slow((False, 0), (True, 1)))
 def test_an_evaluation_names_a_truncated_image_and_ends(tmp_path, start, checkpoint, workers):
     root = camvid(tmp_path / "camvid")
     truncate(root / "val")
@@ -210,7 +208,7 @@ def test_an_evaluation_names_a_truncated_image_and_ends(tmp_path, start, checkpo
     )
 
 
-@pytest.mark.parametrize("workers", with_slow((False, 0), (False, 1), (True, 2)))
+@pytest.mark.parametrize("workers", with_slow((False, 0), (True, 2)))
 def test_an_interrupted_evaluation_ends(start, checkpoint, photographs, workers):
     evaluation = start("evaluate.py", f"{checkpoint} --root {photographs} --workers {workers} --device cpu --tta")
     evaluation.wait(lambda: evaluation.reads(photographs / "val"))
@@ -218,7 +216,7 @@ def test_an_interrupted_evaluation_ends(start, checkpoint, photographs, workers)
     assert evaluation.end() == (130, [])
 
 
-@pytest.mark.parametrize("workers", with_slow((False, 0), (True, 1), (False, 2)))
+@pytest.mark.parametrize("workers", with_slow((False, 0), (True, 1)))
 def test_a_prediction_names_an_unreadable_image_predicts_the_others_and_ends(tmp_path, start, checkpoint, workers):
     images = camvid(tmp_path / "camvid") / "train"
     (images / "train3.png").write_bytes((images / "train3.png").read_bytes()[:70])
@@ -230,7 +228,7 @@ def test_a_prediction_names_an_unreadable_image_predicts_the_others_and_ends(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupted_prediction_ends(tmp_path, start, checkpoint, photographs, workers):
     options = (
         f"{checkpoint} --images {photographs / 'val'} --masks {tmp_path / 'masks'} --workers {workers} --device cpu"
@@ -246,11 +244,10 @@ def test_an_interrupted_prediction_ends(tmp_path, start, checkpoint, photographs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_processes_end_together_on_a_truncated_image(tmp_path, start, workers):
+def test_two_processes_end_together_on_a_truncated_image(tmp_path, start):
     root = camvid(tmp_path / "camvid")
     truncate(root / "train")
-    options = f"{TINY} --root {root} --workers {workers} --out {tmp_path / 'run'}"
+    options = f"{TINY} --root {root} --workers 1 --out {tmp_path / 'run'}"
     code, said = start("train.py", options, TWO_PROCESSES).end(120)
     ours = [line for line in said if line.startswith("train.py: ")]  # torchrun says much more
     assert code == 1 and len(ours) <= 2 and any(BROKEN["image"] in line for line in ours), said
@@ -270,7 +267,7 @@ def test_two_processes_end_together_if_only_one_of_them_cannot_go_on(tmp_path, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group, number", [(False, signal.SIGTERM), (True, signal.SIGTERM), (True, signal.SIGINT)])
+@pytest.mark.parametrize("group, number", [(False, signal.SIGTERM), (True, signal.SIGINT)])
 def test_torchrun_passes_a_signal_on_and_all_end(tmp_path, start, root, group, number):
     run = start("train.py", f"{TINY} --root {root} --workers 1 --out {tmp_path / 'run'}", TWO_PROCESSES)
     run.wait_for("step 3/5000")
