@@ -20,10 +20,10 @@ score() {  # NAME: a finished run's teacher with refinement at inference, as in 
         [ -f "$file" ] || "$PYTHON" evaluate.py "runs/results/$1/last.pth" --refine --context $context --json "$file"
     done
 }
-labels() {  # DATASET-LABELS: pseudo-labels of the teachers of its first S4MC run
+labels() {  # DATASET-LABELS IMAGES: pseudo-labels of the teachers of its first S4MC run
     for percent in 10 30 100; do
         [ -f "assets/labels/$1-$percent.json" ] || "$PYTHON" assets/labels.py --name "$1-$percent" \
-            "runs/results/$1-s4mc-0/step-$(printf %06d $((10 * percent))).pth"
+            --images "$2" "runs/results/$1-s4mc-0/step-$(printf %06d $((10 * percent))).pth"
     done
 }
 export -f run
@@ -78,7 +78,7 @@ for path in runs/results/{animals,camvid}-*-{s4mc,dpa,bilateral}-?/; do
     name=$(basename "$path")
     if [ -f "$path/last.pth" ] && [[ $name == ${ONLY:-*} ]]; then score "$name"; fi
 done
-for name in animals-31 animals-104 camvid-46; do
-    if [ -d "runs/results/$name-s4mc-0" ] && [ -z "${ONLY:-}" ]; then labels $name; fi
+for about in "animals-31 100" "animals-104 100" "camvid-46 30"; do
+    if [ -d "runs/results/${about% *}-s4mc-0" ] && [ -z "${ONLY:-}" ]; then labels $about; fi
 done
 "$PYTHON" assets/tables.py
