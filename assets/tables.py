@@ -28,28 +28,23 @@ METHODS = {
     "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
 SMALL = {  # one seed each
-    "Table 4a in small: neighborhoods": (
-        "dpa",
-        "cross",
-        "s4mc",
-        "5x5",
-        "7x7",
-        "two",
-        "min",
-        "random",
-        "prior",
-        "dilation4",
-    ),
+    "Table 4a in small: neighborhoods": tuple("dpa cross s4mc 5x5 7x7 two min random prior dilation4".split()),
     "Table 4b in small: alpha0": ("alpha20", "s4mc", "alpha60", "alpha80"),
     "Table 5 in small: confidence": ("max", "entropy", "s4mc"),
 }
 NAMES = {"animals": "photographs of animals", "camvid": "CamVid", "shapes": "drawn shapes"}
 NOTES = {
-    "animals": "A folder of 3,131 training and 218 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or\n"
-    "sheep, 240 pixels on the long side, 7 classes; labeled: the published list of 92 (366) cut to them. The encoder starts\n"
-    "from Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in place of torchvision's ImageNet weights.",
-    "camvid": "367 training and 101 validation photographs of CamVid in SegNet's layout, 480 x 360, 11 classes; the same weights.",
-    "shapes": "Drawn images, `python train.py`; nothing is pretrained.",
+    "animals": """
+A folder of 3,131 training and 218 validation photographs of PASCAL VOC 2012 that show a cat, cow, dog, horse or
+sheep, 240 pixels on the long side, 7 classes; labeled: the published list of 92 (366) cut to them. The encoder starts
+from Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in place of torchvision's ImageNet weights.
+""",
+    "camvid": """
+367 training and 101 validation photographs of CamVid in SegNet's layout, 480 x 360, 11 classes; the same weights.
+""",
+    "shapes": """
+Drawn images, `python train.py`; nothing is pretrained.
+""",
 }
 T95 = {3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% of Student's t, by the number of pairs
 
@@ -66,13 +61,8 @@ def keep(run):
     kept = [{name: value for name, value in args.items() if name not in folders}]
     for line in lines:
         if line["event"] == "val" or line["step"] % (args["iters"] // 20) < args["log_every"]:
-            kept.append(
-                {
-                    name: round(value, 4) if isinstance(value, float) else value
-                    for name, value in line.items()
-                    if name in wanted
-                }
-            )
+            shown = {name: value for name, value in line.items() if name in wanted}
+            kept.append({name: round(x, 4) if isinstance(x, float) else x for name, x in shown.items()})
     (ASSETS / "logs").mkdir(exist_ok=True)
     (ASSETS / "logs" / f"{run.name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -116,136 +106,111 @@ def difference(one, other):
     return f"{statistics.mean(paired):+.2f} ± {half:.2f}"
 
 
+def table(rows):
+    """Markdown of rows of cells, the first of which is the head."""
+    return "".join(f"| {' | '.join(row)} |\n" + (f"|{'---|' * len(row)}\n" if i == 0 else "") for i, row in enumerate(rows))
+
+
 def training_table(runs, final):
     """The final mIoU of one dataset's runs, seed by seed."""
-    methods = [method for method in METHODS if final[method]]
-    seeds = sorted({seed for method in methods for seed in final[method]})
-    rows = [f"| | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | boundary | S4MC minus this, paired |"]
-    rows.append(f"|{'---|' * (len(seeds) + 4)}")
-    for method in methods:
-        cells = [f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds]
+    seeds = sorted({seed for method in METHODS for seed in final[method]})
+    rows = [["", *(f"seed {seed}" for seed in seeds), "mean", "boundary", "S4MC minus this, paired"]]
+    for method in (method for method in METHODS if final[method]):
         boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in runs[method].values())
         base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
-        cells += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
-        rows.append(
-            f"| {METHODS[method]} | {' | '.join(cells)} | {'' if method == base else difference(final[base], final[method])} |"
-        )
-    return rows
+        rows.append([METHODS[method], *(f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds)])
+        rows[-1] += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
+        rows[-1] += ["" if method == base else difference(final[base], final[method])]
+    return table(rows)
+
+
+def inference_gains(runs, scores, context):
+    """What refining a method's teachers at inference gains, as text: (mIoU, boundary IoU)."""
+    for part, key in enumerate(("miou", "boundary_miou")):
+        refined = {seed: values[part] for seed, values in scores[context].items()}
+        yield difference(refined, {seed: lines[-1][key] for seed, lines in runs.items()})
 
 
 def inference_table(runs, scores):
-    """What refinement at inference gains, mIoU and boundary IoU, over the same teachers' plain predictions."""
-    rows = [
-        "",
-        "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:",
-        "",
-    ]
-    rows += [
-        "| teacher of | as in the paper: mIoU | boundary | `--context bilateral`: mIoU | boundary |",
-        "|---|---|---|---|---|",
-    ]
+    """The same for all methods of one dataset."""
+    rows = [["teacher of", "as in the paper: mIoU", "boundary", "`--context bilateral`: mIoU", "boundary"]]
     for method in (method for method in METHODS if method in scores):
-        cells = []
-        for context in ("paper", "bilateral"):
-            for part, key in enumerate(("miou", "boundary_miou")):
-                refined = {seed: values[part] for seed, values in scores[method][context].items()}
-                cells.append(difference(refined, {seed: lines[-1][key] for seed, lines in runs[method].items()}))
-        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
-    return rows if len(rows) > 5 else []
+        cells = [cell for context in ("paper", "bilateral") for cell in inference_gains(runs[method], scores[method], context)]
+        rows.append([METHODS[method], *cells])
+    what = "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:"
+    return f"\n{what}\n\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def small_tables(runs, final):
     """Tables of the paper in small, one seed."""
-    parts = []
+    text = ""
     for title, methods in SMALL.items():
         there = [method for method in methods if 0 in final[method]]
-        if set(there) - {"dpa", "s4mc"}:
-            parts += ["", f"**{title}**, seed 0 only, so that two points are noise:", "", f"| | {' | '.join(there)} |"]
-            parts += [
-                f"|{'---|' * (len(there) + 1)}",
-                "| mIoU | " + " | ".join(f"{final[m][0]:.2f}" for m in there) + " |",
-            ]
-            kept = [
-                next((line for line in reversed(runs[m][0]) if "kept" in line and line["alpha"] >= 0.1), None)
-                for m in there
-            ]
-            parts += ["| kept, % at alpha 0.1 | " + " | ".join(f"{100 * line['kept']:.1f}" for line in kept) + " |"]
-            parts += ["| correct, % | " + " | ".join(f"{100 * line['correct']:.1f}" for line in kept) + " |"]
-    return parts
+        if not set(there) - {"dpa", "s4mc"}:
+            continue
+        at = [next(line for line in reversed(runs[m][0]) if "kept" in line and line["alpha"] >= 0.1) for m in there]
+        rows = [["", *there], ["mIoU", *(f"{final[method][0]:.2f}" for method in there)]]
+        rows += [["kept, % at alpha 0.1", *(f"{100 * line['kept']:.1f}" for line in at)]]
+        rows += [["correct, %", *(f"{100 * line['correct']:.1f}" for line in at)]]
+        text += f"\n**{title}**, seed 0 only, so that two points are noise:\n\n{table(rows)}"
+    return text
 
 
 def label_table(reports, keys, ways=None):
     """What ways of refining change, {column: figures of assets/labels.py by way}, with their intervals."""
-    columns = {
-        f"{percent}% of the run, {title}": (report["ways"], key)
-        for percent, report in reports.items()
-        for title, key in keys
-    }
-    rows = [f"| | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
+    columns = [(percent, title, key) for percent in reports for title, key in keys]
+    rows = [["", *(f"{percent}% of the run, {title}" for percent, title, _ in columns)]]
     for name in next(iter(reports.values()))["ways"]:
         if ways is None or name.split(": ")[-1] in ways:
-            cells = [figures[name][key] for figures, key in columns.values()]
-            shown = (
-                f"{change:+.2f} [{low:+.2f}, {high:+.2f}]" if name != "raw" else f"{value:.2f}"
-                for value, change, low, high in cells
-            )
-            rows.append(f"| {name} | {' | '.join(shown)} |")
-    return rows
+            cells = [reports[percent]["ways"][name][key] for percent, _, key in columns]
+            rows.append([name, *(with_interval(cell) if name != "raw" else f"{cell[0]:.2f}" for cell in cells)])
+    return table(rows)
+
+
+def with_interval(figures, digits=2):
+    """A difference of assets/labels.py with its interval, as text."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*figures[1:], d=digits)
 
 
 def results(logs, final, inference, reports):
-    """docs/results.md, as lines."""
-    parts = [
-        "# Results",
-        "",
-        "Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in",
-    ]
-    parts += [
-        "[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in"
-    ]
-    parts += [
-        "percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a"
-    ]
-    parts += ["95% interval of Student's t."]
-    for (dataset, labels), runs in logs.items():
+    """docs/results.md."""
+    text = """# Results
+
+Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in
+[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in
+percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a
+95% interval of Student's t.
+"""
+    for key, runs in logs.items():
         args = next(iter(next(iter(runs.values())).values()))[0]
-        commits = sorted({lines[0]["commit"][:7] for of in runs.values() for lines in of.values()})
-        parts += ["", f"## {NAMES[dataset]}, {labels} labels", "", NOTES[dataset], ""]
-        parts += [
-            f"{args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images, {args['iters']} steps"
-        ]
-        parts[-1] += f", the first {args['warmup_iters']} with only labeled images; {args['optimizer']},"
-        parts += [
-            f"learning rates {args['lr']} / {args['head_lr']}; two CPU cores, torch {args['torch']}, commits {', '.join(commits)}.",
-            "",
-        ]
-        parts += training_table(runs, final[dataset, labels]) + inference_table(runs, inference[dataset, labels])
-        parts += small_tables(runs, final[dataset, labels])
-    parts += ["", "![mIoU, labels kept and labels correct over steps](../assets/curves.png)"]
-    parts += ["", "![What each way of refining changes, with intervals](../assets/labels.png)"] if reports else []
+        commits = ", ".join(sorted({lines[0]["commit"][:7] for of in runs.values() for lines in of.values()}))
+        text += f"""
+## {NAMES[key[0]]}, {key[1]} labels
+{NOTES[key[0]]}
+{args["backbone"]}, crop {args["crop"]}, {args["batch_size"]} + {args["batch_size"]} images, {args["iters"]} steps, \
+the first {args["warmup_iters"]} with only labeled images; {args["optimizer"]},
+learning rates {args["lr"]} / {args["head_lr"]}; two CPU cores, torch {args["torch"]}, commits {commits}.
+
+"""
+        text += training_table(runs, final[key]) + inference_table(runs, inference[key]) + small_tables(runs, final[key])
+    text += "\n![mIoU, labels kept and labels correct over steps](../assets/curves.png)\n"
+    text += "\n![What each way of refining changes, with intervals](../assets/labels.png)\n" if reports else ""
     for (dataset, labels), by_age in reports.items():
-        images = next(iter(by_age.values()))["about"]["images"]
-        parts += ["", f"## Pseudo-labels without training: {NAMES[dataset]}, {labels} labels", ""]
-        parts += [
-            f"On {images} unlabeled images whose ground truth is known, with the teachers of one S4MC run (seed 0): raw margins, then the"
-        ]
-        parts += [
-            "difference that each way of refining makes, with a 95% interval by bootstrap over images. Area under the risk-coverage"
-        ]
-        parts += [
-            "curve in percent (the mean error of the surest pixels over all coverages), everywhere and within 5 pixels of a contour;"
-        ]
-        parts += ["recall: share of a class's pixels with a right label among the surest 80%, mean over classes.", ""]
-        parts += label_table(by_age, (("area", "area"), ("near contours", "near area"), ("recall", "mean recall")))
-        parts += ["", "Error of the surest labels, in percent, by coverage:", ""]
-        middle = {30: by_age[30]} if 30 in by_age else by_age
+        text += f"""
+## Pseudo-labels without training: {NAMES[dataset]}, {labels} labels
+
+On {next(iter(by_age.values()))["about"]["images"]} unlabeled images whose ground truth is known, with the teachers of one S4MC run (seed 0): raw margins, then the
+difference that each way of refining makes, with a 95% interval by bootstrap over images. Area under the risk-coverage
+curve in percent (the mean error of the surest pixels over all coverages), everywhere and within 5 pixels of a contour;
+recall: share of a class's pixels with a right label among the surest 80%, mean over classes.
+
+"""
+        text += label_table(by_age, (("area", "area"), ("near contours", "near area"), ("recall", "mean recall")))
+        text += "\nError of the surest labels, in percent, by coverage:\n\n"
+        ways = ("raw", "3x3 (paper)", "3x3, dilation 16", "3x3, dilation 16, colors 0.05", "`--context bilateral`")
         shares = [(f"{share}%", f"error at {share}") for share in (20, 40, 60, 80, 90)]
-        parts += label_table(
-            middle,
-            shares,
-            ("raw", "3x3 (paper)", "3x3, dilation 16", "3x3, dilation 16, colors 0.05", "`--context bilateral`"),
-        )
-    return parts
+        text += label_table({30: by_age[30]} if 30 in by_age else by_age, shares, ways)
+    return text
 
 
 def draw(logs, final, reports):
@@ -284,21 +249,15 @@ def draw(logs, final, reports):
 
     if reports:  # how much each way of refining changes, with its interval
         figure = Figure(figsize=(5 + 3.5 * len(reports), 8), layout="constrained")
-        for axis, ((dataset, labels), by_age) in zip(
-            figure.subplots(1, len(reports), squeeze=False, sharey=True)[0], reports.items()
-        ):
+        axes = figure.subplots(1, len(reports), squeeze=False, sharey=True)[0]
+        for axis, ((dataset, labels), by_age) in zip(axes, reports.items()):
             percent = 30 if 30 in by_age else max(by_age)
             names = list(by_age[percent]["ways"])[::-1]
             for key, color, shift in (("area", "tab:blue", 0.15), ("near area", "tab:orange", -0.15)):
                 figures = [by_age[percent]["ways"][name][key] for name in names]
-                errors = [
-                    [change - low for _, change, low, _ in figures],
-                    [high - change for _, change, _, high in figures],
-                ]
+                errors = [[x - low for _, x, low, _ in figures], [high - x for _, x, _, high in figures]]
                 places = [y + shift for y in range(len(names))]
-                axis.errorbar(
-                    [change for _, change, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key
-                )
+                axis.errorbar([x for _, x, *_ in figures], places, xerr=errors, fmt=".", color=color, label=key)
             axis.axvline(0, color="gray", linewidth=0.5)
             axis.set_yticks(range(len(names)), names, fontsize="x-small")
             axis.set(title=f"{NAMES[dataset]}, {labels} labels", xlabel="change, points (left is better)")
@@ -308,85 +267,73 @@ def draw(logs, final, reports):
 
 def summary(final):
     """README's table: means with the number of seeds, and what S4MC gains."""
-    methods = ("supervised", "fixmatch", "dpa", "s4mc")
-    rows = [
-        "| images, labels | only labeled | FixMatch | DPA without refinement | S4MC | S4MC minus only labeled | minus DPA |"
-    ]
-    rows.append("|---|---|---|---|---|---|---|")
+    rows = ["images, labels", "only labeled", "FixMatch", "DPA without refinement", "S4MC", "S4MC minus only labeled", "minus DPA"]
+    rows = [rows]
     for (dataset, labels), of in sorted(final.items()):
-        cells = [
-            f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else ""
-            for method in methods
-        ]
-        cells += [difference(of["s4mc"], of[method]) for method in ("supervised", "dpa")]
-        rows.append(f"| {NAMES[dataset]}, {labels} | {' | '.join(cells)} |")
-    return rows
+        cells = [of[method].values() for method in ("supervised", "fixmatch", "dpa", "s4mc")]
+        rows.append([f"{NAMES[dataset]}, {labels}"])
+        rows[-1] += [f"{statistics.mean(cell):.2f} ({len(cell)})" if cell else "" for cell in cells]
+        rows[-1] += [difference(of["s4mc"], of[method]) for method in ("supervised", "dpa")]
+    return table(rows)
 
 
 def context_summary(logs, final, inference, reports):
     """README's table of wider context: why, in labels, in the student, at inference."""
     keys = [key for key in logs if key in reports or inference[key]]
-    rows = [
-        f"| | {' | '.join(f'{NAMES[dataset]}, {labels} labels' for dataset, labels in keys)} |",
-        f"|{'---|' * (len(keys) + 1)}",
-    ]
+    rows = [["", *(f"{NAMES[dataset]}, {labels} labels" for dataset, labels in keys)]]
 
-    def row(title, cell):
-        rows.append(f"| {title} | {' | '.join(cell(key) for key in keys)} |")
+    def row(title, cell, of=None):
+        """A row with cell(of's entry), blank where there is none; of: a report of assets/labels.py by default."""
+        found = [reports.get(key, {}).get(30) if of is None else of(key) for key in keys]
+        rows.append([title, *(cell(one) if one else "" for one in found)])
 
-    def label_cell(key, way):
-        report = reports.get(key, {}).get(30)
-        if report is None:
-            return ""
-        ways = {name.split(": ")[-1]: figures["area"] for name, figures in report["ways"].items()}
-        value, change, low, high = ways[way]
-        return f"{value:.2f}" if way == "raw" else f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+    def way(report, name):
+        return next(figures for title, figures in report["ways"].items() if title.split(": ")[-1] == name)
 
-    def shared(key):
-        about = reports.get(key, {}).get(30, {}).get("about", {})
-        shares = about.get("wrong pixels whose eight neighbors predict the same, percent by distance", {})
-        return f"{shares['1']:.0f}% and {shares['16']:.0f}%" if shares else ""
+    def shared(report):
+        shares = report["about"]["wrong pixels whose eight neighbors predict the same, percent by distance"]
+        return f"{shares['1']:.0f}% and {shares['16']:.0f}%"
 
-    def recall(key):
-        ways = reports.get(key, {}).get(30, {}).get("ways", {})
-        return next((f"{ways['raw']['mean recall'][0]:.1f}: {figures['mean recall'][1]:+.1f} [{figures['mean recall'][2]:+.1f}, "
-            f"{figures['mean recall'][3]:+.1f}]" for name, figures in ways.items() if "--context" in name), "")  # fmt: skip
+    def recall(report):
+        return f"{way(report, 'raw')['mean recall'][0]:.1f}: " + with_interval(way(report, ours)["mean recall"], 1)
 
-    def gain(key, context):
-        parts = []
-        for part, name in enumerate(("miou", "boundary_miou")):
-            refined = {seed: values[part] for seed, values in inference[key]["s4mc"][context].items()}
-            parts.append(difference(refined, {seed: lines[-1][name] for seed, lines in logs[key]["s4mc"].items()}))
-        return ", ".join(part for part in parts if part)
-
+    ours = "`--context bilateral`"
     row("wrong pixels whose eight neighbors predict the same, 1 and 16 pixels apart", shared)
     row(
         "labels of a teacher at 30% of a run: mean error over all coverages, raw margins, %",
-        lambda key: label_cell(key, "raw"),
+        lambda report: f"{way(report, 'raw')['area'][0]:.2f}",
     )
-    row("the paper's 3x3, difference", lambda key: label_cell(key, "3x3 (paper)"))
-    row("`--context bilateral`, difference", lambda key: label_cell(key, "`--context bilateral`"))
-    row("recall, mean over classes, of the surest 80%: raw, then the difference with `--context bilateral`", recall)
+    row("the paper's 3x3, difference", lambda report: with_interval(way(report, "3x3 (paper)")["area"]))
+    row(f"{ours}, difference", lambda report: with_interval(way(report, ours)["area"]))
+    row(f"recall, mean over classes, of the surest 80%: raw, then the difference with {ours}", recall)
     row(
         "student trained with it: mIoU minus S4MC's",
-        lambda key: difference(final[key]["bilateral"], final[key]["s4mc"]),
+        lambda of: difference(of["bilateral"], of["s4mc"]),
+        lambda key: final[key],
     )
-    row("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", lambda key: gain(key, "paper"))
-    row("the same with `--context bilateral`", lambda key: gain(key, "bilateral"))
-    return rows
+    for title, context in (
+        ("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", "paper"),
+        (f"the same with {ours}", "bilateral"),
+    ):
+        row(
+            title,
+            lambda key: ", ".join(inference_gains(logs[key]["s4mc"], inference[key]["s4mc"], context)),
+            lambda key: key if inference[key]["s4mc"][context] else None,
+        )
+    return table(rows)
 
 
-def between(text, name, lines):
-    """The text with the lines between <!-- name --> and <!-- end of name -->."""
+def between(text, name, new):
+    """The text with the new part between <!-- name --> and <!-- end of name -->."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- end of {name} -->")
-    return f"{before}<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->{after}"
+    return f"{before}<!-- {name} -->\n{new}<!-- end of {name} -->{after}"
 
 
 def main():
     """docs/results.md, the tables in README between their marks, and the pictures."""
     (logs, final), inference, reports = read_logs(), read_inference(), read_labels()
-    (ASSETS.parent / "docs" / "results.md").write_text("\n".join(results(logs, final, inference, reports)) + "\n")
+    (ASSETS.parent / "docs" / "results.md").write_text(results(logs, final, inference, reports))
     readme = ASSETS.parent / "README.md"
     text = between(readme.read_text(), "results", summary(final))
     readme.write_text(between(text, "context", context_summary(logs, final, inference, reports)))
