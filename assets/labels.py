@@ -45,9 +45,10 @@ def ways(prob, mirrored, image, colors, features, prior):
     """[(name, refined probabilities, labels or None for their argmax)] of all ways to use context; raw comes first."""
     yield "raw", prob, None
     for name, options in {
-        "cross": dict(neighborhood="cross"), "3x3 (paper)": {}, "5x5": dict(neighborhood=5), "7x7": dict(neighborhood=7),
-        "3x3, two neighbors": dict(neighbors=2), "3x3, min": dict(select="min"),
-        "3x3, random": dict(select="random", generator=torch.Generator().manual_seed(0)), "3x3, prior": dict(prior=prior),
+        "cross": {"neighborhood": "cross"}, "3x3 (paper)": {}, "5x5": {"neighborhood": 5}, "7x7": {"neighborhood": 7},
+        "3x3, two neighbors": {"neighbors": 2}, "3x3, min": {"select": "min"},
+        "3x3, random": {"select": "random", "generator": torch.Generator().manual_seed(0)},
+        "3x3, prior": {"prior": prior},
     }.items():  # fmt: skip
         yield name, refine(prob, **options), None
     for dilation in (2, 4, 8, 16):
@@ -67,10 +68,11 @@ def ways(prob, mirrored, image, colors, features, prior):
         (3, 16, 0.1, True), (7, 8, 0.1, True), (7, 8, 0.03, False), (7, 8, 0.05, False), (7, 8, 0.1, False),
         (7, 8, 0.2, False), (7, 4, 0.1, False), (5, 16, 0.1, False),
     ):  # fmt: skip
-        options = dict(select="mean", dilation=dilation, distance_weight=weight, guide=colors, guide_sigma=sigma)
-        name = (
-            f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}{'' if weight else ', beta 1'}"
-        )
+        options = {
+            "select": "mean", "dilation": dilation, "distance_weight": weight, "guide": colors, "guide_sigma": sigma,
+        }  # fmt: skip
+        name = f"mean of {neighborhood}x{neighborhood}, dilation {dilation}, colors {sigma}"
+        name += "" if weight else ", beta 1"
         yield name, refine(prob, neighborhood, **options), None
         yield f"{name}, both views", refine(average, neighborhood, **options), None
     both = union(prob, mirrored)
@@ -95,16 +97,17 @@ def shared_errors(prediction, wrong, distance):
 
 @torch.no_grad()
 def count(network, data, items, prior):
-    """{way: counts of pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)}, {way: (images, 3 + 3C)
-    counts: known, kept, kept and right at the ALPHA-quantile of the image's raw margins, and by class all true
-    pixels and, at equal coverage, the predicted and right ones}, and {distance: share of the wrong pixels whose neighbors all
-    predict the same}."""
+    """What one pass over the images counts: a tuple of
+
+    {way: pixels, float (images, 2 near contours, 2 wrong or right, 2**13 by uncertainty)};
+    {way: (images, 3 + 3C): known pixels, kept ones, and kept and right ones at the ALPHA-quantile of the image's raw
+        margins; by class all true pixels and, at equal coverage, the predicted and the right ones};
+    {distance: share of the wrong pixels whose neighbors all predict the same}.
+    """
     bins, kept, shared, classes = {}, {}, torch.zeros(1 + len(DISTANCES)), len(data.classes)
     for image, truth in evaluation_loader(data, items):
-        weak, colors = (
-            normalize(image),
-            F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False),
-        )  # as in `bilateral`
+        weak = normalize(image)
+        colors = F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
         low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
@@ -118,25 +121,22 @@ def count(network, data, items, prior):
         for name, refined, label in ways(prob, mirrored, image, colors, features, prior):
             label = refined.argmax(1) if label is None else label
             conf, right = confidence(refined), label == truth
-            unsure = (1 - conf).clamp(0, 1).abs().view(
-                torch.int32
-            ) >> 17  # the float's upper bits: 1/64 wide, relatively
+            unsure = (1 - conf).clamp(0, 1).abs().view(torch.int32) >> 17  # the float's upper bits: steps of 1/64
             place = (near * 2 + right) * 2**13 + unsure
             counts = torch.bincount(place[known], minlength=4 * 2**13).float().view(2, 2, 2**13)
             bins.setdefault(name, []).append(counts)
             keep = known & (conf > threshold)
             counts = [torch.stack([known.sum(), keep.sum(), (keep & right).sum()])]
             sure = known & (conf > conf.flatten().kthvalue(rank).values)  # as many pixels, whatever the way
-            counts += [
-                torch.bincount(one, minlength=classes) for one in (truth[known], label[sure], truth[sure & right])
-            ]
+            by_class = truth[known], label[sure], truth[sure & right]
+            counts += [torch.bincount(one, minlength=classes) for one in by_class]
             kept.setdefault(name, []).append(torch.cat(counts).float())
     shares = {distance: round(100 * (one / shared[0]).item(), 1) for distance, one in zip(DISTANCES, shared[1:])}
     return *({name: torch.stack(images) for name, images in counts.items()} for counts in (bins, kept)), shares
 
 
 def risks(counts):
-    """Counts (R,2,BINS), wrong and right by uncertainty -> (R, 1 + COVERAGES) in percent: the area, errors of the surest."""
+    """Counts (R,2,BINS), wrong and right by uncertainty -> (R, 1 + COVERAGES), %: the area, errors of the surest."""
     counts = counts.double()
     total, wrong = counts.sum(1).cumsum(1), counts[:, 0].cumsum(1)
     everything = total[:, -1:]
@@ -155,9 +155,8 @@ def risks(counts):
 def summarize(bins, kept):
     """{way: {figure: [value, difference from raw, its lower and upper end]}}, in percent and points."""
     images = len(kept["raw"])
-    samples = torch.multinomial(
-        torch.ones(RESAMPLES, images), images, replacement=True, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.multinomial(torch.ones(RESAMPLES, images), images, replacement=True, generator=generator)
     weights = torch.cat([torch.ones(1, images), F.one_hot(samples, images).sum(1).float()])  # the first row: as it is
 
     def figures(name):
@@ -171,11 +170,8 @@ def summarize(bins, kept):
         by_class = torch.stack([recall, predicted[:, largest] / predicted.sum(1)], 1)
         return torch.cat([everywhere, near, 100 * torch.stack([keep / known, 1 - right / keep], 1), 100 * by_class], 1)
 
-    names = [
-        f"{part}{figure}"
-        for part in ("", "near ")
-        for figure in ("area", *(f"error at {share}" for share in COVERAGES))
-    ]
+    errors = [f"error at {share}" for share in COVERAGES]
+    names = [f"{part}{figure}" for part in ("", "near ") for figure in ("area", *errors)]
     names += ["kept", "error of kept", "mean recall", "largest class"]
     raw, report = figures("raw"), {}
     for name in bins:
@@ -189,7 +185,7 @@ def summarize(bins, kept):
 @torch.no_grad()
 def picture(network, data, items, coverage=0.8, width=160):
     """Image, truth, the surest labels by the paper's context and by `bilateral`; last, what the second changes of the
-    first: added labels green (right) and red (wrong), dropped ones light (wrong) and dark (right) blue, changed ones too."""
+    first: added and changed labels green (right) and red (wrong), dropped ones light (wrong) and dark (right) blue."""
     tiles = []
     for image, truth in evaluation_loader(data, items):
         kept = []

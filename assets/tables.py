@@ -1,4 +1,4 @@
-"""Writes docs/results.md, README's tables and the pictures from assets/logs, labels and inference: none is typed by hand.
+"""Writes docs/results.md, README's tables and the pictures from assets/logs, labels, inference: none is typed by hand.
 
     python assets/tables.py keep runs/results/NAME      # a finished run's log, shortened, into assets/logs/NAME.jsonl
     python assets/tables.py                             # everything else; the pictures where matplotlib is installed
@@ -108,7 +108,8 @@ def difference(one, other):
 
 def table(rows):
     """Markdown of rows of cells, the first of which is the head."""
-    return "".join(f"| {' | '.join(row)} |\n" + (f"|{'---|' * len(row)}\n" if i == 0 else "") for i, row in enumerate(rows))
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([lines[0], f"|{'---|' * len(rows[0])}\n", *lines[1:]])
 
 
 def training_table(runs, final):
@@ -118,7 +119,8 @@ def training_table(runs, final):
     for method in (method for method in METHODS if final[method]):
         boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in runs[method].values())
         base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
-        rows.append([METHODS[method], *(f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds)])
+        rows.append([METHODS[method]])
+        rows[-1] += [f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds]
         rows[-1] += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
         rows[-1] += ["" if method == base else difference(final[base], final[method])]
     return table(rows)
@@ -135,9 +137,10 @@ def inference_table(runs, scores):
     """The same for all methods of one dataset."""
     rows = [["teacher of", "as in the paper: mIoU", "boundary", "`--context bilateral`: mIoU", "boundary"]]
     for method in (method for method in METHODS if method in scores):
-        cells = [cell for context in ("paper", "bilateral") for cell in inference_gains(runs[method], scores[method], context)]
-        rows.append([METHODS[method], *cells])
-    what = "Refinement at inference (`evaluate.py --refine`), gain in mIoU and in boundary IoU over the plain prediction:"
+        rows.append([METHODS[method]])
+        for context in ("paper", "bilateral"):
+            rows[-1] += inference_gains(runs[method], scores[method], context)
+    what = "Refinement at inference (`evaluate.py --refine`), gain in mIoU and boundary IoU over the plain prediction:"
     return f"\n{what}\n\n{table(rows)}" if len(rows) > 1 else ""
 
 
@@ -192,14 +195,16 @@ the first {args["warmup_iters"]} with only labeled images; {args["optimizer"]},
 learning rates {args["lr"]} / {args["head_lr"]}; two CPU cores, torch {args["torch"]}, commits {commits}.
 
 """
-        text += training_table(runs, final[key]) + inference_table(runs, inference[key]) + small_tables(runs, final[key])
+        text += training_table(runs, final[key])
+        text += inference_table(runs, inference[key]) + small_tables(runs, final[key])
     text += "\n![mIoU, labels kept and labels correct over steps](../assets/curves.png)\n"
     text += "\n![What each way of refining changes, with intervals](../assets/labels.png)\n" if reports else ""
     for (dataset, labels), by_age in reports.items():
         text += f"""
 ## Pseudo-labels without training: {NAMES[dataset]}, {labels} labels
 
-On {next(iter(by_age.values()))["about"]["images"]} unlabeled images whose ground truth is known, with the teachers of one S4MC run (seed 0): raw margins, then the
+On {next(iter(by_age.values()))["about"]["images"]} unlabeled images whose ground truth is known, with the teachers of \
+one S4MC run (seed 0): raw margins, then the
 difference that each way of refining makes, with a 95% interval by bootstrap over images. Area under the risk-coverage
 curve in percent (the mean error of the surest pixels over all coverages), everywhere and within 5 pixels of a contour;
 recall: share of a class's pixels with a right label among the surest 80%, mean over classes.
@@ -267,8 +272,8 @@ def draw(logs, final, reports):
 
 def summary(final):
     """README's table: means with the number of seeds, and what S4MC gains."""
-    rows = ["images, labels", "only labeled", "FixMatch", "DPA without refinement", "S4MC", "S4MC minus only labeled", "minus DPA"]
-    rows = [rows]
+    rows = [["images, labels", "only labeled", "FixMatch", "DPA without refinement", "S4MC"]]
+    rows[0] += ["S4MC minus only labeled", "minus DPA"]
     for (dataset, labels), of in sorted(final.items()):
         cells = [of[method].values() for method in ("supervised", "fixmatch", "dpa", "s4mc")]
         rows.append([f"{NAMES[dataset]}, {labels}"])
@@ -311,15 +316,15 @@ def context_summary(logs, final, inference, reports):
         lambda of: difference(of["bilateral"], of["s4mc"]),
         lambda key: final[key],
     )
-    for title, context in (
-        ("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", "paper"),
-        (f"the same with {ours}", "bilateral"),
-    ):
-        row(
-            title,
-            lambda key: ", ".join(inference_gains(logs[key]["s4mc"], inference[key]["s4mc"], context)),
-            lambda key: key if inference[key]["s4mc"][context] else None,
-        )
+
+    def gain(context):
+        return lambda key: ", ".join(inference_gains(logs[key]["s4mc"], inference[key]["s4mc"], context))
+
+    def scored(key):
+        return inference[key]["s4mc"] and key
+
+    row("S4MC's teacher, refined at inference as in the paper: mIoU, boundary IoU", gain("paper"), scored)
+    row(f"the same with {ours}", gain("bilateral"), scored)
     return table(rows)
 
 
