@@ -77,6 +77,13 @@ def offsets(neighborhood, dilation=1, distance_weight=True):
     return [(dilation * dy, dilation * dx, weight) for (dy, dx), weight in zip(grid, beta)]
 
 
+def _neighbors(x, grid, value=0):
+    """Each pixel's neighbor at each offset of the grid: shifted views of x (...,H,W), `value` outside the image."""
+    reach, (height, width) = max(dy for dy, *_ in grid), x.shape[-2:]
+    around = F.pad(x, [reach] * 4, value=value)
+    return [around[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width] for dy, dx, _ in grid]
+
+
 def refine(
     prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None,
     guide=None, guide_sigma=0.1,
@@ -108,52 +115,40 @@ def refine(
     if prior is not None and prior.shape != (classes,):
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
     grid = offsets(neighborhood, dilation, distance_weight)
-    reach = max(dy for dy, *_ in grid)
-
-    def neighbor(around, dy, dx):
-        """The (…,H,W) view of a padded tensor that holds each pixel's neighbor (dy, dx)."""
-        return around[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width]
-
-    def weighted(grid):
-        """The grid with beta, a number, or with a guide (B,1,H,W)."""
-        around = None if guide is None else F.pad(guide, [reach] * 4)
-        for dy, dx, beta in grid:
-            if guide is not None:
-                apart = (neighbor(around, dy, dx) - guide).square().sum(1, keepdim=True)
-                beta = beta * torch.exp(apart / (-2 * guide_sigma**2))
-            yield dy, dx, beta
+    beta = [weight for *_, weight in grid]
+    if guide is not None:
+        apart = ((other - guide).square().sum(1, keepdim=True) for other in _neighbors(guide, grid))
+        beta = (weight * torch.exp(d / (-2 * guide_sigma**2)) for weight, d in zip(beta, apart))  # (B,1,H,W) each
 
     if select == "max" and neighbors == 1 and prior is None:
-        grid, unions = list(weighted(grid)), []
+        beta, unions = list(beta), []
         for p in prob.split(3, 1):  # a few classes at a time, which stay in a CPU's cache
-            around, best = F.pad(p, [reach] * 4), torch.zeros_like(p)
-            for dy, dx, beta in grid:
-                torch.maximum(best, beta * neighbor(around, dy, dx), out=best)  # Eq. 9: the union grows with beta * q
+            best = torch.zeros_like(p)
+            for weight, q in zip(beta, _neighbors(p, grid)):
+                torch.maximum(best, weight * q, out=best)  # Eq. 9: the union grows with beta * q
             unions.append(torch.addcmul(p, best, 1 - p))  # Eq. 10 with Eq. 14: p + beta (q - p q)
         return torch.cat(unions, 1)
 
-    around, exists = (F.pad(x, [reach] * 4) for x in (prob, prob.sum(1, keepdim=True) > 0))
+    around = zip(beta, _neighbors(prob, grid), _neighbors(prob.sum(1, keepdim=True) > 0, grid))
     if select == "mean":
         total, weights = prob.clone(), torch.ones_like(prob[:, :1])
-        for dy, dx, beta in weighted(grid):
-            weight = beta * neighbor(exists, dy, dx)
-            total.addcmul_(neighbor(around, dy, dx), weight)
-            weights += weight
+        for weight, q, exists in around:
+            total.addcmul_(q, weight * exists)
+            weights += weight * exists
         return total / weights
 
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a constant per class. Here: theirs, from the labels.
     floor = torch.zeros(()) if prior is None else prior.to(prob).view(-1, 1, 1)
     if select == "random":
         score_of = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
-    grid, refined, taken = list(weighted(grid)), prob, []
-    for _ in range(min(neighbors, len(grid))):
+    refined, taken, around = prob, [], list(around)
+    for _ in range(min(neighbors, len(around))):
         current, best = refined, torch.full_like(prob, -torch.inf)
         chosen = torch.full_like(prob, -1, dtype=torch.int8)
-        for i, (dy, dx, beta) in enumerate(grid):
-            q = neighbor(around, dy, dx)
-            union = current + beta * (q - current * torch.maximum(q, floor.to(q)))  # Eq. 10; Eq. 14, or 16
+        for i, (weight, q, exists) in enumerate(around):
+            union = current + weight * (q - current * torch.maximum(q, floor.to(q)))  # Eq. 10; Eq. 14, or 16
             score = {"max": union, "min": -union}[select] if select != "random" else score_of[i]
-            better = neighbor(exists, dy, dx) & (score > best)  # Eq. 9
+            better = exists & (score > best)  # Eq. 9
             for earlier in taken:
                 better = better & (earlier != i)
             best, refined = torch.where(better, score, best), torch.where(better, union, refined)
@@ -185,11 +180,8 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
     # Where 255 separates the classes, as in PASCAL, pairs of labeled pixels alone would always agree.
     if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
         raise ValueError(f"labels hold values outside 0..{num_classes - 1} and 255")
-    labels, grid = labels.long(), offsets(neighborhood)
-    reach, (height, width) = max(dy for dy, *_ in grid), labels.shape[-2:]
-    around, pairs, agreeing = F.pad(labels, [reach] * 4, value=-1), 0, 0
-    for dy, dx, _ in grid:
-        neighbor = around[:, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+    labels, pairs, agreeing = labels.long(), 0, 0
+    for neighbor in _neighbors(labels, offsets(neighborhood), value=-1):
         pixel = labels.masked_fill(neighbor == -1, IGNORE)  # outside the image there is no pair
         pairs += torch.bincount(pixel.flatten(), minlength=IGNORE + 1)[:num_classes]
         agreeing += torch.bincount(pixel[pixel == neighbor], minlength=IGNORE + 1)[:num_classes]
