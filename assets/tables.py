@@ -24,6 +24,7 @@ METHODS = {
     "guided": "tried: Eq. 9 among neighbors 16 pixels apart, beta times the likeness of colors (sigma 0.1)",
     "views-guided": "tried: the same on the mean of the view and its mirror image",
     "views-mean": "tried: joint bilateral filter of that mean, beta of Eq. 10, sigma 0.1, no union after it",
+    "filter": "tried: joint bilateral filter of that mean, sigma 0.05, beta 1, without the half that stays, then S4MC",
     "cutmixseg-dpa": "CutMix-Seg: DPA without refinement",
     "cutmixseg-s4mc": "CutMix-Seg: **S4MC**",
 }
