@@ -188,13 +188,10 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
     return agreeing / pairs.clamp(min=1)
 
 
-def dpa_alpha(step, total_steps, alpha0=0.4, alpha_end=0.0):
-    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b.
-
-    alpha_end [ours]: where it ends in place of 0, which trains on every pixel, right or wrong.
-    """
+def dpa_alpha(step, total_steps, alpha0=0.4):
+    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b."""
     # Paper: t counts iterations. Authors' code: epochs. Here: iterations.
-    return alpha_end + (alpha0 - alpha_end) * (1 - step / total_steps)
+    return alpha0 * (1 - step / total_steps)
 
 
 @torch.compiler.disable

@@ -202,7 +202,7 @@ def main(args):
                     if args.context == "bilateral":
                         mirrored = run_teacher(weak.flip(-1)).softmax(1).flip(-1)
                         prob = bilateral((prob + mirrored) / 2, batch["weak"], valid)
-                alpha = dpa_alpha(step, args.iters, args.alpha0, args.alpha_end)  # Eq. 6
+                alpha = dpa_alpha(step, args.iters, args.alpha0)  # Eq. 6
                 pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
                 strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
                 logits_x, logits_u = run_student(torch.cat([x, strong])).split([len(x), len(strong)])
@@ -461,7 +461,6 @@ def parse_args(argv=None):
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add("--alpha-end", type=share, default=0.0, help="the same at the end [paper: 0; more: ours]")
     add("--threshold", type=float, help="fixed, in place of Eq. 6 [FixMatch: 0.95 with --confidence max]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept",

@@ -19,8 +19,8 @@ METHODS = {
     "dpa": "DPA without refinement",
     "refined-fixed": "refinement with threshold 0.95",
     "s4mc": "**S4MC**",
-    "floor": "S4MC, alpha from 0.4 to 0.2 [ours]",
     "bilateral": "S4MC, `--context bilateral` [ours]",
+    "floor": "tried: alpha from 0.4 to 0.2 in place of 0",
     "guided": "tried: Eq. 9 among neighbors 16 pixels apart, beta times the likeness of colors (sigma 0.1)",
     "views-guided": "tried: the same on the mean of the view and its mirror image",
     "views-mean": "tried: joint bilateral filter of that mean, beta of Eq. 10, sigma 0.1, no union after it",
@@ -47,7 +47,7 @@ from Google's 8-bit MobileNetV2 (mobilenet_v2_1.0_224_quant), dequantized, in pl
 Drawn images, `python train.py`; nothing is pretrained.
 """,
 }
-T95 = {3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95% of Student's t, by the number of pairs
+T95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}  # two-sided 95% of Student's t, by the number of pairs
 
 
 def keep(run):
@@ -280,7 +280,15 @@ def summary(final):
         rows.append([f"{NAMES[dataset]}, {labels}"])
         rows[-1] += [f"{statistics.mean(cell):.2f} ({len(cell)})" if cell else "" for cell in cells]
         rows[-1] += [difference(of["s4mc"], of[method]) for method in ("supervised", "dpa")]
+    together = {method: photographs(final, method) for method in ("supervised", "dpa", "s4mc")}
+    rows.append(["all photographs, paired", "", "", "", ""])
+    rows[-1] += [difference(together["s4mc"], together[method]) for method in ("supervised", "dpa")]
     return table(rows)
+
+
+def photographs(final, method):
+    """{(dataset, labels, seed): final mIoU} of all runs on photographs."""
+    return {(*key, seed): miou for key, of in final.items() if key[0] != "shapes" for seed, miou in of[method].items()}
 
 
 def context_summary(logs, final, inference, reports):
