@@ -133,8 +133,9 @@ def refine(
     if select == "mean":
         total, weights = prob.clone(), torch.ones_like(prob[:, :1])
         for weight, q, exists in around:
-            total.addcmul_(q, weight * exists)
-            weights += weight * exists
+            weight = weight * exists
+            total.addcmul_(q, weight)
+            weights += weight
         return total / weights
 
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a constant per class. Here: theirs, from the labels.

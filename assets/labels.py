@@ -81,8 +81,9 @@ def ways(prob, mirrored, image, colors, features, prior):
     yield "mean with mirrored view", average, None
     half = "half its own, half the mean of 7x7, dilation 8, colors 0.05, beta 1"
     yield half, bilateral(prob, image), None
-    yield f"{half}, both views", bilateral(average, image), None
-    yield f"{half}, both views, then 3x3: `--context bilateral`", refine(bilateral(average, image)), None
+    wider = bilateral(average, image)
+    yield f"{half}, both views", wider, None
+    yield f"{half}, both views, then 3x3: `--context bilateral`", refine(wider), None
 
 
 def shared_errors(prediction, wrong, distance):

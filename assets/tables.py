@@ -181,9 +181,9 @@ def results(logs, final, inference, reports):
     text = """# Results
 
 Written by `python assets/tables.py` from the logs in [assets/logs](../assets/logs) and the reports in
-[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all of it. mIoU of the teacher at the last step in
-percent, on the validation images; blank: not run. The last column is the mean of paired differences over seeds with a
-95% interval of Student's t.
+[assets/labels](../assets/labels); `bash assets/reproduce.sh` repeats all but what was tried and dropped, whose code is
+in the commit that its log names. mIoU of the teacher at the last step in percent, on the validation images; blank: not
+run. The last column is the mean of paired differences over seeds with a 95% interval of Student's t.
 """
     for key, runs in logs.items():
         args = next(iter(next(iter(runs.values())).values()))[0]

@@ -127,7 +127,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("defect, workers", with_slow(
-    (True, "image", 2), (True, "loss", 1), (False, "image", 0), (False, "value", 1), (False, "mask", 2), (False, "loss", 0),
+    (True, "image", 2), (True, "loss", 1), (False, "image", 0), (False, "value", 1), (False, "mask", 2),
+    (False, "loss", 0),
 ))  # fmt: skip
 def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, defect, workers):
     root, options = camvid(tmp_path / "camvid", val=2), f"{TINY} --workers {workers} --out {tmp_path / 'run'}"

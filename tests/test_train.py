@@ -145,8 +145,8 @@ def plain_loop(root, framework, context, steps=16, warmup=4, batch=2, seed=7):
 ])  # fmt: skip
 def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework, context):
     saved = run(
-        f"--framework {framework} --context {context} --iters 16 --warmup-iters 4 --seed 7 --lambda-u 0.5 --optimizer sgd --lr 0.02 "
-        "--head-lr 0.01 --weight-decay 0.0005"
+        f"--framework {framework} --context {context} --iters 16 --warmup-iters 4 --seed 7 --lambda-u 0.5 "
+        "--optimizer sgd --lr 0.02 --head-lr 0.01 --weight-decay 0.0005"
     )
     for part, network in zip(("student", "teacher"), plain_loop(root, framework, context)):
         for name, expected in network.state_dict().items():
