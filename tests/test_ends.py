@@ -78,6 +78,7 @@ class Script:
 @pytest.fixture
 def start(tmp_path):
     """A function that starts a script; in the end all is killed that is left of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     scripts = []
 
     def one(name, options, launcher=()):
