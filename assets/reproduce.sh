@@ -40,8 +40,8 @@ declare -A options=(
     [alpha20]="--alpha0 0.2" [alpha60]="--alpha0 0.6" [alpha80]="--alpha0 0.8"
     [max]="--confidence max" [entropy]="--confidence entropy"
 )
-job() {  # DATASET LABELS METHOD SEED
-    local name="$1-$2-$3-$4" arguments="--seed $4 ${options[$3]}" list
+job() {  # DATASET LABELS METHOD SEED, more arguments
+    local name="$1-$2-$3-$4" arguments="--seed $4 ${options[$3]} ${*:5}" list
     [[ $name == ${ONLY:-*} ]] || return 0
     case $1 in
         animals)
@@ -70,7 +70,9 @@ job() {  # DATASET LABELS METHOD SEED
         for method in s4mc supervised dpa bilateral fixmatch refined-fixed; do job animals 104 $method $seed; done
         for method in cutmixseg-dpa cutmixseg-s4mc; do job animals 31 $method $seed; done
     done
-    for method in cross 5x5 7x7 two min random prior dilation4 alpha20 alpha60 alpha80 max entropy; do job animals 31 $method 0; done
+    for method in cross 5x5 7x7 two min random prior dilation4 alpha20 alpha60 alpha80 max entropy; do
+        job animals 31 $method 0 --eval-every 1000
+    done
 } | xargs -r -P "${PARALLEL:-2}" -L 1 bash -c 'run "$@"' run
 for path in runs/results/{animals,camvid}-*-{s4mc,dpa,bilateral}-?/; do
     name=$(basename "$path")
