@@ -337,6 +337,11 @@ def open_run(args, data, first, rank, device):
         raise InputError(f"--resume: the processes find different checkpoints in {out}; use a shared folder")
     if rank != 0:
         return None
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
     (out / "panels").mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
@@ -355,13 +360,7 @@ def open_run(args, data, first, rank, device):
     more = " images" if args.framework == "supervised" else more
     print(f"{args.iters} steps of {args.batch_size} labeled{more}", end="")
     print(f"\n{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
-    if not args.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
-    return SummaryWriter(out / "tensorboard", purge_step=first + 1)
+    return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None
 
 
 def write_record(out, board, rank, record):
@@ -504,6 +503,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.epochs and args.iters) or None not in (args.warmup_epochs, args.warmup_iters):
         parser.error("--epochs and --iters are the same length, as are their --warmup-...; expected one of them")
+    if args.prior and args.dilation > 1:
+        parser.error("--prior is counted over adjacent pixels; expected --dilation 1 with it")
     return args
 
 

@@ -763,11 +763,19 @@ def test_help_names_where_defaults_come_from(capsys):
     ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"),
     ("--neighborhood 4", "invalid choice: 4"), ("--crop 16", "16 is out of range; expected at least 32"),
     ("--lr 0", "0 is out of range; expected more than 0"), ("--batch-size 0", "0 is out of range"),
+    ("--prior --dilation 2", "--prior is counted over adjacent pixels; expected --dilation 1 with it"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(capsys, options, says):
     with pytest.raises(SystemExit) as end:
         resolved(options)
     assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard needs a package that is not installed; pip install"):
+        run("--iters 2 --tensorboard")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_path, capsys):
