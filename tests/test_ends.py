@@ -195,8 +195,12 @@ def test_a_run_whose_loader_worker_is_killed_ends(tmp_path, start, root):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Enough pixels that a signal comes in the middle of them."""
-    return camvid(tmp_path_factory.mktemp("many") / "camvid", train=2, val=40, size=(640, 480))
+    """So many images, all but the first of them links, that a signal comes in the middle of them on any machine."""
+    root = camvid(tmp_path_factory.mktemp("many") / "camvid", train=2, val=1, size=(640, 480))
+    for folder in ("val", "valannot"):
+        for i in range(1, 400):
+            os.link(root / folder / "val0.png", root / folder / f"val{i}.png")
+    return root
 
 
 @pytest.mark.parametrize("workers", with_slow((False, 0), (True, 1)))
