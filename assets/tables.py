@@ -33,6 +33,10 @@ SMALL = {  # one seed each
     "Table 4b in small: alpha0": ("alpha20", "s4mc", "alpha60", "alpha80"),
     "Table 5 in small: confidence": ("max", "entropy", "s4mc"),
 }
+DRAWN = {  # methods in the pictures, each in one color everywhere
+    "supervised": "tab:gray", "fixmatch": "tab:orange", "refined-fixed": "tab:brown", "dpa": "tab:blue",
+    "s4mc": "tab:red", "bilateral": "tab:green", "floor": "tab:purple",
+}  # fmt: skip
 NAMES = {"animals": "photographs of animals", "camvid": "CamVid", "shapes": "drawn shapes"}
 NOTES = {
     "animals": """
@@ -236,29 +240,30 @@ def draw(logs, final, reports):
     figure = Figure(figsize=(13, 3.4 * len(logs)), layout="constrained")
     for row, ((dataset, labels), runs) in zip(figure.subplots(len(logs), 3, squeeze=False), logs.items()):
         for axis, key in zip(row, ("miou", "kept", "correct")):
-            for method in (method for method in METHODS if method in runs):
+            for method in (method for method in DRAWN if method in runs):
                 points = defaultdict(list)
                 for lines in runs[method].values():
                     for line in lines[1:]:
                         if key in line:
                             points[line["step"]].append(line[key] * (1 if key == "miou" else 100))
                 if points:
-                    axis.plot(sorted(points), [statistics.mean(points[step]) for step in sorted(points)], label=method)
+                    means = [statistics.mean(points[step]) for step in sorted(points)]
+                    axis.plot(sorted(points), means, label=method, color=DRAWN[method])
             axis.set(title=f"{NAMES[dataset]}, {labels} labels: {key}", xlabel="step", ylabel="%")
-            axis.legend(fontsize="x-small")
+        row[0].legend(fontsize="x-small", loc="lower right")
     figure.savefig(ASSETS / "curves.png", dpi=80)
 
     figure = Figure(figsize=(3.2 * len(logs), 3.2), layout="constrained")
     for axis, ((dataset, labels), _) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items()):
-        methods = ("supervised", "fixmatch", "dpa", "s4mc", "bilateral")
+        methods = [method for method in DRAWN if method != "floor"]
         for x, method in enumerate(methods):
             values = list(final[dataset, labels][method].values())
             if not values:
                 continue
-            axis.plot([x] * len(values), values, "o", alpha=0.6)
+            axis.plot([x] * len(values), values, "o", alpha=0.6, color=DRAWN[method])
             axis.hlines(statistics.mean(values), x - 0.3, x + 0.3, color="black")
         axis.set(title=f"{NAMES[dataset]}, {labels} labels", ylabel="mIoU, %")
-        axis.set_xticks(range(len(methods)), methods, rotation=30)
+        axis.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
     figure.savefig(ASSETS / "gains.png", dpi=80)
 
     if reports:  # how much each way of refining changes, with its interval
