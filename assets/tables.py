@@ -17,7 +17,7 @@ METHODS = {
     "supervised": "only the labeled images, equal steps",
     "fixmatch": "FixMatch: fixed threshold 0.95, `--unsup-norm valid`",
     "dpa": "DPA without refinement",
-    "refined-fixed": "refinement with threshold 0.95",
+    "refined-fixed": "refinement, fixed threshold 0.95 on the largest probability",
     "s4mc": "**S4MC**",
     "bilateral": "S4MC, `--context bilateral` [ours]",
     "floor": "tried: alpha from 0.4 to 0.2 in place of 0",
@@ -205,7 +205,7 @@ what it adds to the mIoU, and the pixels kept and correct in its logged steps. T
 {NOTES[key[0]]}
 {args["backbone"]}, crop {args["crop"]}, {args["batch_size"]} + {args["batch_size"]} images, {args["iters"]} steps, \
 the first {args["warmup_iters"]} with only labeled images; {args["optimizer"]},
-learning rates {args["lr"]} / {args["head_lr"]}; two CPU cores, torch {args["torch"]}, commits {commits}.
+learning rates {args["lr"]} / {args["head_lr"]}; one CPU core, torch {args["torch"]}, commits {commits}.
 
 """
         text += training_table(runs, final[key])
@@ -285,15 +285,16 @@ def draw(logs, final, reports):
 
 
 def summary(final):
-    """README's table: a method's mean over seeds, what S4MC gains over it, and the same over all photographs."""
-    rows = [["", *(f"{NAMES[dataset]}, {labels} labels" for dataset, labels in sorted(final)), "all photographs"]]
-    for method in ("supervised", "fixmatch", "dpa", "refined-fixed", "s4mc", "cutmixseg-dpa", "cutmixseg-s4mc"):
-        base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
+    """README's table: a method's mean over seeds, S4MC minus it, and the same pooled over all photographs."""
+    rows = [["", *(f"{NAMES[dataset]}, {labels} labels" for dataset, labels in sorted(final)), "photographs, pooled"]]
+    for method in ("supervised", "fixmatch", "refined-fixed", "dpa", "s4mc"):
         rows.append([METHODS[method]])
         for _, of in sorted(final.items()):
-            cell = f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else ""
-            rows[-1] += [cell + f": {difference(of[base], of[method])}" if cell and method != base else cell]
-        rows[-1] += ["" if method == base else difference(photographs(final, base), photographs(final, method))]
+            mean = f"{statistics.mean(of[method].values()):.2f} ({len(of[method])})" if of[method] else ""
+            rows[-1] += [f"{mean}: {difference(of['s4mc'], of[method])}" if mean and method != "s4mc" else mean]
+        ours, theirs = photographs(final, "s4mc"), photographs(final, method)
+        pairs = f"{difference(ours, theirs)} ({len(ours.keys() & theirs.keys())} pairs)"
+        rows[-1] += [pairs if method != "s4mc" else ""]
     return table(rows)
 
 
