@@ -123,13 +123,14 @@ def training_table(runs, final):
     rows = [["", *(f"seed {seed}" for seed in seeds), "mean", "boundary", "S4MC minus this, paired"]]
     rows[0] += ["last 30%: mIoU", "kept, %", "correct, %"]
     for method in (method for method in METHODS if final[method]):
-        boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in runs[method].values())
+        of = runs[method].values()
+        boundary = statistics.mean(lines[-1]["boundary_miou"] for lines in of)
         base = "cutmixseg-s4mc" if method.startswith("cutmixseg") else "s4mc"
         rows.append([METHODS[method]])
         rows[-1] += [f"{final[method][seed]:.2f}" if seed in final[method] else "" for seed in seeds]
         rows[-1] += [f"{statistics.mean(final[method].values()):.2f}", f"{boundary:.2f}"]
         rows[-1] += ["" if method == base else difference(final[base], final[method])]
-        late = [[line for line in lines[1:] if line["step"] >= 0.7 * lines[-1]["step"]] for lines in runs[method].values()]
+        late = [[line for line in lines[1:] if line["step"] >= 0.7 * lines[-1]["step"]] for lines in of]
         before = statistics.mean(next(line["miou"] for line in lines if "miou" in line) for lines in late)
         rows[-1] += [f"{statistics.mean(final[method].values()) - before:+.2f}"]
         for key in ("kept", "correct"):
