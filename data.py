@@ -9,7 +9,9 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 
 import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -317,28 +319,24 @@ def save_mask(mask, path):
 
 
 def random_view(image, mask, crop, scales, rng):
-    """Random scale, crop and flip of an image and its mask together: the weak view.
+    """The weak view: a square of an image and its mask, padded to the right and below, resized to `crop`, flipped or not.
 
     Returns uint8 tensors image (3,crop,crop), mask (crop,crop) and the bool valid (crop,crop), False on padding, where
-    the mask is 255. Only the part of the image that the crop shows is resized.
+    the mask is 255. The square's side is crop / scale, so that scale is that of the image in the view.
     """
-    scale = rng.uniform(*scales)
-    shown = [min(side, round(crop / scale)) for side in image.size]  # width and height in the image; in the view:
-    size = [crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)]
-    left, top = (int(rng.integers(side - part + 1)) for part, side in zip(shown, image.size))
-    box = (left, top, left + shown[0], top + shown[1])
-    x, y = (int(rng.integers(crop - side + 1)) for side in size)  # > 0: padding before
-    window = (..., slice(y, y + size[1]), slice(x, x + size[0]))
-
-    view = torch.tensor([round(255 * mean) for mean in MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
-    view[window] = VF.resize(VF.pil_to_tensor(image.crop(box)), size[::-1], antialias=True)
-    label = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
-    label[window] = VF.pil_to_tensor(mask.resize(size, Image.Resampling.NEAREST, box))[0]
-    valid = torch.zeros(crop, crop, dtype=torch.bool)
-    valid[window] = True
-    if rng.random() < 0.5:
-        view, label, valid = view.flip(-1), label.flip(-1), valid.flip(-1)
-    return view, label, valid
+    side = max(1, round(crop / rng.uniform(*scales)))
+    left, top = (int(rng.integers(max(length - side, 0) + 1)) for length in image.size)
+    flipped, views = rng.random() < 0.5, []
+    for whole, padding, resampling in (
+        (image, tuple(round(255 * mean) for mean in MEAN), Image.Resampling.BILINEAR),
+        (mask, IGNORE, Image.Resampling.NEAREST),
+        (Image.new("L", image.size, 1), 0, Image.Resampling.NEAREST),
+    ):
+        square = Image.new(whole.mode, (side, side), padding)
+        square.paste(whole, (-left, -top))
+        view = VF.pil_to_tensor(square.resize((crop, crop), resampling))
+        views.append(view.flip(-1) if flipped else view)
+    return views[0], views[1][0], views[2][0].bool()
 
 
 STRONG = v2.Compose([  # FixMatch's strong view of a weak one, with the field's usual strengths
@@ -395,10 +393,10 @@ def _mean_and_std(device):
 # loaders
 
 
-def sampled(items, seed, stream, number):
-    """Sample `number` of an endless row of shuffled passes over the items; a pure function of its arguments."""
-    epoch, place = divmod(number, len(items))
-    return items[generator(seed, stream, epoch).permutation(len(items))[place]]
+def sampled(count, seed, stream, number):
+    """The index of sample `number` in an endless row of shuffled passes over `count` items; a pure function."""
+    epoch, place = divmod(number, count)
+    return int(generator(seed, stream, epoch).permutation(count)[place])
 
 
 def sample_numbers(step, batch_size, rank=0, world=1):
@@ -412,22 +410,33 @@ class TrainingViews(Dataset):
 
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
     where nothing is annotated: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
+    An unlabeled image that cannot be read is replaced by that of sample n + 1; broken is its index in data.unlabeled,
+    or -1.
     """
 
     def __init__(self, data, crop, framework, seed):
         self.data, self.crop, self.framework, self.seed = data, crop, framework, seed
 
-    def view(self, items, kind, n):
+    def view(self, kind, n, image, mask):
         """(view, label, valid) of sample n; kind: "x" or "u"."""
-        item, rng = sampled(items, self.seed, f"order_{kind}", n), generator(self.seed, f"view_{kind}", n)
-        return random_view(*read(item, self.data), self.crop, self.data.scales, rng)
+        rng = generator(self.seed, f"view_{kind}", n)
+        return random_view(image, mask, self.crop, self.data.scales, rng)
 
     def __getitem__(self, n):
-        x, y, _ = self.view(self.data.labeled, "x", n)
+        labeled, unlabeled = self.data.labeled, self.data.unlabeled
+        item = labeled[sampled(len(labeled), self.seed, "order_x", n)]
+        x, y, _ = self.view("x", n, *read(item, self.data))
         if self.framework == "supervised":
             return {"x": x, "y": y}
-        weak, truth, valid = self.view(self.data.unlabeled, "u", n)
-        return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid}
+        broken = -1
+        for number in range(n, n + len(unlabeled)):
+            index = sampled(len(unlabeled), self.seed, "order_u", number)
+            try:
+                weak, truth, valid = self.view("u", n, *read(unlabeled[index], self.data))
+                return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
+            except InputError:
+                broken = index if number == n else broken
+        raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
 
 
 def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
@@ -450,6 +459,21 @@ def evaluation_loader(data, items, workers=0, rank=0, world=1):
 def _tensors(data, item):
     image, mask = read(item, data)
     return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
+
+
+def annotated_pixels(data, rank=0, world=1):
+    """Reads every labeled and validation image with its mask: (2,256) pixels of each class, labeled and val, and of 255.
+
+    Each process reads its own share. Raises InputError for the first file that is broken.
+    """
+    began, said, pixels = time.monotonic(), False, torch.zeros(2, 256, dtype=torch.long)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part, items in enumerate((data.labeled, data.val)):
+            for counts in pool.map(lambda item: read(item, data)[1].histogram(), items[rank::world]):
+                pixels[part] += torch.tensor(counts)
+                if not said and rank == 0 and time.monotonic() > began + 2:
+                    said = print(f"reads {len(data.labeled) + len(data.val)} annotated images first", flush=True) or True
+    return pixels
 
 
 def own_process_group(worker):

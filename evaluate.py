@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
-from model import load_checkpoint, load_network, over_processes, start_processes
+from model import load_checkpoint, load_network, all_reduce, start_processes
 from refine import bilateral, confidence, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=
         prediction = predict(network, image.to(device), protocol).argmax(1)
         confusion += confusion_matrix(prediction, label, classes)
         boundaries += boundary_confusion(prediction, label, classes)
-    over_processes(confusion)
-    over_processes(boundaries)
+    all_reduce(confusion)
+    all_reduce(boundaries)
     if not confusion.any():
         raise InputError("no pixel of the images to score has a label; expected class indices, not only 255")
     iou, miou = intersection_over_union(confusion, data.classes)
@@ -228,7 +228,7 @@ def evaluate_labels(network, data, items, device, protocol, args, prior, workers
         prob, truth = predict(network, image.to(device), protocol), truth.to(device)
         pseudo = pseudo_labels(prob, None, **options | {"threshold": image_threshold(prob, args)})
         counts += label_counts(prob, pseudo, truth, torch.ones_like(truth, dtype=torch.bool), options)
-    return label_figures(over_processes(counts))
+    return label_figures(all_reduce(counts))
 
 
 def image_threshold(prob, args):
