@@ -85,9 +85,8 @@ def _neighbors(x, grid, value=0):
 
 
 def refine(
-    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None,
-    guide=None, guide_sigma=0.1,
-):  # fmt: skip
+    prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
+):
     """Eqs. 7-10, Sec. 3.2.1: the probability of each class that the pixel or its best neighbor belongs to it.
 
     refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
@@ -96,32 +95,26 @@ def refine(
     padding, does not exist.
     neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
     select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
-        "random" one position per pixel among those inside the image, the same for all classes (Table 4a);
-        "mean" [ours] is no union but the mean of the pixel and all neighbors, weighted by beta; no `prior` then.
+        "random" one position per pixel among those inside the image, the same for all classes (Table 4a).
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device.
-    guide (B,G,H,W), 0..1 [ours]: features of the image, say its colors; beta is multiplied by
-        exp(-|guide_jk - guide_lm|^2 / (2 guide_sigma^2)), as in a bilateral filter, so that context stops at edges.
     Raises ValueError on options it does not know.
     """
     if prob.dim() != 4:
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
-    if select not in ("max", "min", "random", "mean"):
-        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min', 'random' or 'mean'")
-    if neighbors < 1 or (select == "mean" and (neighbors > 1 or prior is not None)):
-        raise ValueError(f"neighbors {neighbors} does not fit; expected 1 or more, with 'mean' 1 and no prior")
+    if select not in ("max", "min", "random"):
+        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
+    if neighbors < 1:
+        raise ValueError(f"neighbors {neighbors} is too small; expected 1 or more")
     batch, classes, height, width = prob.shape
     if prior is not None and prior.shape != (classes,):
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
     grid = offsets(neighborhood, dilation, distance_weight)
     beta = [weight for *_, weight in grid]
-    if guide is not None:
-        apart = ((other - guide).square().sum(1, keepdim=True) for other in _neighbors(guide, grid))
-        beta = (weight * torch.exp(d / (-2 * guide_sigma**2)) for weight, d in zip(beta, apart))  # (B,1,H,W) each
 
     if select == "max" and neighbors == 1 and prior is None:
-        beta, unions = list(beta), []
+        unions = []
         for p in prob.split(3, 1):  # a few classes at a time, which stay in a CPU's cache
             best = torch.zeros_like(p)
             for weight, q in zip(beta, _neighbors(p, grid)):
@@ -130,14 +123,6 @@ def refine(
         return torch.cat(unions, 1)
 
     around = zip(beta, _neighbors(prob, grid), _neighbors(prob.sum(1, keepdim=True) > 0, grid))
-    if select == "mean":
-        total, weights = prob.clone(), torch.ones_like(prob[:, :1])
-        for weight, q, exists in around:
-            weight = weight * exists
-            total.addcmul_(q, weight)
-            weights += weight
-        return total / weights
-
     # Paper: Eq. 15 has no class in it. Authors' code: p_c times a constant per class. Here: theirs, from the labels.
     floor = torch.zeros(()) if prior is None else prior.to(prob).view(-1, 1, 1)
     if select == "random":
@@ -156,19 +141,6 @@ def refine(
             chosen = chosen.masked_fill(better, i)
         taken.append(chosen)
     return refined
-
-
-def bilateral(prob, images, valid=None):
-    """Wider context [ours]: half of a pixel's probabilities are its own, half their mean over pixels of similar color.
-
-    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7x7 grid of pixels, 8 apart. prob (B,C,H,W),
-    images (B,3,H,W) uint8, valid (B,H,W) bool, False on padding, which takes no part -> (B,C,H,W), a distribution.
-    """
-    guide = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
-    if valid is not None:
-        guide = guide.masked_fill(~valid[:, None], 99)
-    mean = refine(prob, 7, select="mean", distance_weight=False, dilation=8, guide=guide, guide_sigma=0.05)
-    return (prob + mean) / 2
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):

@@ -28,11 +28,11 @@ from torchvision.transforms.v2 import functional as VF
 
 from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, sample_numbers
 from data import strong_views, training_loader
-from evaluate import CONTEXTS, EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
+from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
 from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, over_processes, save_checkpoint, start_processes
 from model import update_teacher
-from refine import bilateral, dpa_alpha, neighbor_agreement, pseudo_labels
+from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
 ANY = ("cpu", "cuda")
@@ -199,9 +199,6 @@ def main(args):
                     strong = normalize(strong_views(batch["weak"], args.seed, numbers))
                 with torch.no_grad():
                     prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
-                    if args.context == "bilateral":
-                        mirrored = run_teacher(weak.flip(-1)).softmax(1).flip(-1)
-                        prob = bilateral((prob + mirrored) / 2, batch["weak"], valid)
                 alpha = dpa_alpha(step, args.iters, args.alpha0)  # Eq. 6
                 pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
                 strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
@@ -452,8 +449,6 @@ def parse_args(argv=None):
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
     add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
-    add("--context", choices=CONTEXTS, default="paper", help="bilateral: first averages the teacher's probabilities "
-        "over the view, its mirror image and pixels of similar color; two teacher passes [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10; without: 1 [paper]")
