@@ -25,14 +25,13 @@ from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
-from model import load_checkpoint, load_network, all_reduce, start_processes
-from refine import bilateral, confidence, pseudo_labels, refine
+from model import all_reduce, load_checkpoint, load_network, start_processes
+from refine import confidence, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
 
 EVAL_MODES = ("original", "sliding", "center-crop")
-CONTEXTS = ("paper", "bilateral")
 TTA_SCALES = (0.75, 1.0, 1.25)
 
 
@@ -43,7 +42,7 @@ class Protocol(NamedTuple):
     crop: int = 0  # pixels, of the windows and of the center crop
     tta: bool = False  # mean over TTA_SCALES and flips
     refine: dict | None = None  # options of `refine.refine`: Sec. 4.2, refinement at inference
-    context: str = "paper"  # one of CONTEXTS; "bilateral": mean with the mirrored image, then `refine.bilateral`
+    bilateral: bool = False  # [ours] first the mean with the mirrored image and the filter `bilateral`
 
 
 def windows(side, crop):
@@ -68,6 +67,25 @@ def probabilities(network, image, protocol):
     return total / covered
 
 
+def bilateral(prob, images):
+    """[ours] Half of a pixel's probabilities are its own, half their mean over pixels of similar color.
+
+    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7x7 grid of pixels, 8 apart; for finished
+    networks, in training it gains nothing. prob (B,C,H,W), images (B,3,H,W) uint8 -> (B,C,H,W), a distribution.
+    """
+    colors = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
+    (height, width), reach, sigma = prob.shape[-2:], 24, 0.05
+    probs, others = F.pad(prob, [reach] * 4), F.pad(colors, [reach] * 4, value=99)  # 99: outside the image, weight 0
+    total, weights = torch.zeros_like(prob), torch.zeros_like(prob[:, :1])
+    for top in range(0, 2 * reach + 1, 8):
+        for left in range(0, 2 * reach + 1, 8):
+            view = (..., slice(top, top + height), slice(left, left + width))
+            weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
+            total.addcmul_(probs[view], weight)
+            weights += weight
+    return (prob + total / weights) / 2
+
+
 @torch.no_grad()
 def predict(network, image, protocol=Protocol()):
     """Class probabilities of a uint8 image (1,3,H,W) on the network's device: (1,C,H,W)."""
@@ -82,7 +100,7 @@ def predict(network, image, protocol=Protocol()):
                 prob = prob + F.interpolate(one, image.shape[-2:], mode="bilinear") / (2 * len(TTA_SCALES))
     else:
         prob = probabilities(network, image, protocol)
-    if protocol.context == "bilateral":
+    if protocol.bilateral:
         mirrored = prob if protocol.tta else probabilities(network, image.flip(-1), protocol).flip(-1)
         prob = bilateral((prob + mirrored) / 2, pixels)
     return prob if protocol.refine is None else refine(prob, **protocol.refine)
@@ -260,14 +278,14 @@ def heat(conf, kind, num_classes):
 
 
 @torch.no_grad()
-def panel(network, data, items, device, args, prior=None, width=160):
+def panel(network, data, items, device, args, prior=None, protocol=Protocol(), width=160):
     """A (3,H,W) uint8 picture with a row per item: image, ground truth, teacher, confidence raw and refined, labels raw
     and refined. The threshold is that of `image_threshold`; where a pixel has no pseudo-label the image shows, dimmed.
     """
     options, kind, classes = label_options(args, prior), args["confidence"], len(data.classes)
     tiles = []
     for image, truth in evaluation_loader(data, items):
-        prob = predict(network, image.to(device), Protocol(context=args["context"]))
+        prob = predict(network, image.to(device), protocol)
         options["threshold"] = image_threshold(prob, args)
         raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on}) for on in (False, True))
         labels = [truth, prob.argmax(1), raw.label, refined.label]
@@ -340,7 +358,7 @@ def parse_args(argv=None):
     add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
-    add("--context", choices=CONTEXTS, help="of --refine and --pseudo-labels: the paper's or wider; default: the run's")
+    add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
     add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
@@ -348,8 +366,6 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     args = parser.parse_args(argv)
-    if args.context and not (args.refine or args.pseudo_labels):
-        parser.error("--context says how to refine; expected --refine or --pseudo-labels beside it")
     if args.pseudo_labels and (args.refine or args.split):
         parser.error("--pseudo-labels are refined as in the run, on unlabeled images; expected no --refine, no --split")
     return args
@@ -369,9 +385,9 @@ def main(args):
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
     items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
     options = refinement_options(run, prior) if args.refine else None
-    run["context"] = args.context or run["context"]
-    context = run["context"] if args.refine or args.pseudo_labels else "paper"
-    protocol = Protocol(args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, context)
+    protocol = Protocol(
+        args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, args.bilateral
+    )
     if args.pseudo_labels and protocol.eval_mode == "center-crop":  # a way to score, not to label
         protocol = protocol._replace(eval_mode="original")
     sharing = {"workers": args.workers, "rank": rank, "world": world}
@@ -389,13 +405,14 @@ def main(args):
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}
         about |= {"eval_mode": protocol.eval_mode, "crop": protocol.crop, "tta": args.tta, "refine": args.refine}
-        about |= {"context": context, "network": "student" if args.student else "teacher"}
+        about |= {"bilateral": args.bilateral, "network": "student" if args.student else "teacher"}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:
         file = Path(args.panels) / f"step-{checkpoint['step']:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        VF.to_pil_image(panel(network, data, panel_items(data), device, run, prior)).save(file)
+        protocol = Protocol(bilateral=args.bilateral)
+        VF.to_pil_image(panel(network, data, panel_items(data), device, run, prior, protocol)).save(file)
         print(f"wrote {file}")
 
 

@@ -1,5 +1,6 @@
 """evaluate.py: scores against hand-made counts, protocols and panels against plain code, whole runs of main."""
 
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from trees import camvid, folder
 import evaluate as E
 from data import InputError, normalize, open_dataset, palette, read
 from model import DeepLabV3Plus, save_checkpoint
-from refine import bilateral, confidence, dpa_threshold, pseudo_labels, refine
+from refine import confidence, dpa_threshold, pseudo_labels, refine
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("sky", "road", "car")
@@ -262,17 +263,36 @@ def test_a_network_that_prefers_one_side_is_balanced_by_flips():
             left = torch.linspace(2, -2, x.shape[-1]).expand(x.shape[0], *x.shape[-2:])
             return torch.stack([left, -left], 1)
 
-    for protocol in (E.Protocol(tta=True), E.Protocol(context="bilateral"), E.Protocol(tta=True, context="bilateral")):
+    for protocol in (E.Protocol(tta=True), E.Protocol(bilateral=True), E.Protocol(tta=True, bilateral=True)):
         prob = E.predict(Left(), picture(8, 12), protocol)
         torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
 
 
-def test_wider_context_is_the_filter_of_the_mean_over_both_views():
+def test_the_bilateral_filter_equals_a_plain_loop():
+    rng = torch.Generator().manual_seed(0)
+    prob = torch.randn(2, 3, 19, 31, generator=rng).mul(2).softmax(1)
+    images = torch.randint(96, 128, (2, 3, 19, 31), dtype=torch.uint8, generator=rng)
+    found = E.bilateral(prob, images)
+    for b, y, x in itertools.product(range(2), range(19), range(31)):
+        mean = {}  # the 3x3 means of the colors, of the pixels that the grid reaches
+        for j, i in itertools.product(range(y % 8, 19, 8), range(x % 8, 31, 8)):
+            around = images[b, :, max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2].double().flatten(1) / 255
+            if abs(j - y) <= 24 and abs(i - x) <= 24:
+                mean[j, i] = around.mean(1)
+        weight = {at: math.exp(-(mean[at] - mean[y, x]).square().sum().item() / (2 * 0.05**2)) for at in mean}
+        filtered = sum(weight[at] * prob[b, :, at[0], at[1]] for at in mean) / sum(weight.values())
+        expected = (prob[b, :, y, x] + filtered) / 2
+        torch.testing.assert_close(found[b, :, y, x], expected.float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.sum(1), torch.ones(2, 19, 31))
+    assert not torch.allclose(found, prob, atol=0.05)
+
+
+def test_the_bilateral_filter_comes_after_the_mean_over_both_views_and_before_refinement():
     image, network = picture(40, 60), ByColor()
     prob, mirrored = E.predict(network, image), E.predict(network, image.flip(-1)).flip(-1)
-    expected = bilateral((prob + mirrored) / 2, image)
-    torch.testing.assert_close(E.predict(network, image, E.Protocol(context="bilateral")), expected)
-    refined = E.predict(network, image, E.Protocol(context="bilateral", refine=E.refinement_options(run_arguments())))
+    expected = E.bilateral((prob + mirrored) / 2, image)
+    torch.testing.assert_close(E.predict(network, image, E.Protocol(bilateral=True)), expected)
+    refined = E.predict(network, image, E.Protocol(bilateral=True, refine=E.refinement_options(run_arguments())))
     torch.testing.assert_close(refined, refine(expected))
 
 
@@ -291,7 +311,7 @@ def test_refinement_at_inference_is_that_of_training():
 def run_arguments(**changes):
     """What evaluate.py reads of a run's arguments."""
     method = {"neighborhood": 3, "neighbors": 1, "select": "max", "distance_weight": True, "dilation": 1}
-    method |= {"confidence": "margin", "threshold": None, "refinement": True, "alpha0": 0.4, "context": "paper"}
+    method |= {"confidence": "margin", "threshold": None, "refinement": True, "alpha0": 0.4}
     return method | {"splits": None, "eval_mode": "original", "crop": 32} | changes
 
 
@@ -460,7 +480,8 @@ def test_every_protocol_runs_through_the_command_line(saved, monkeypatch, capsys
         (["--eval-mode", "center-crop"], "val", 3, plain._replace(eval_mode="center-crop")),
         (["--tta"], "val", 3, plain._replace(tta=True)),
         (["--refine"], "val", 3, plain._replace(refine=refined)),
-        (["--refine", "--context", "bilateral"], "val", 3, plain._replace(refine=refined, context="bilateral")),
+        (["--bilateral"], "val", 3, plain._replace(bilateral=True)),
+        (["--refine", "--bilateral"], "val", 3, plain._replace(refine=refined, bilateral=True)),
         (["--student", "--split", "train"], "train", 4, plain),
         (["--split", "test"], "test", 1, plain),
     ):
@@ -550,7 +571,6 @@ def test_bad_numbers_on_the_command_line_say_what_is_expected(capsys):
     for options, says in (
         (["--crop", "0"], "0 is out of range; expected at least 1"),
         (["--split", "all"], "invalid choice: 'all'"),
-        (["--context", "bilateral"], "expected --refine or --pseudo-labels beside it"),
         (["--pseudo-labels", "--refine"], "expected no --refine, no --split"),
         (["--pseudo-labels", "--split", "val"], "expected no --refine, no --split"),
     ):

@@ -43,7 +43,7 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
     classes, kind, options = len(data.classes), run["confidence"], refinement_options(run, prior)
     labels = torch.zeros(2, classes * 4, dtype=torch.long, device=device)
     bins = torch.zeros(2, 4 * BINS, dtype=torch.long, device=device)
-    protocol = Protocol(run["eval_mode"], run["crop"], context=run["context"])
+    protocol = Protocol(run["eval_mode"], run["crop"])
     for image, truth in evaluation_loader(data, items, 0, rank, world):
         truth = truth.to(device)
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
