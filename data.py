@@ -9,6 +9,7 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +210,9 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     root = write_shapes(Path(root) / "shapes") if name == "shapes" else Path(root)
     items = spec.list_items(root, lists)
     classes = spec.classes or tuple(id_list(root / "classes.txt"))
+    twice = [one for one in dict.fromkeys(classes) if classes.count(one) > 1]
+    if twice:
+        raise InputError(f"{root / 'classes.txt'} names {twice[0]} twice; expected every class once")
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
     training = {"labeled", "unlabeled"} & set(use)
     if training and not items["train"]:
@@ -314,12 +318,39 @@ def save_mask(mask, path):
     os.replace(part, path)
 
 
+def check_annotations(data):
+    """Reads every labeled and validation image with its mask, so that no run starts which cannot end; warns of classes
+    without a labeled pixel.
+
+    Raises InputError for a broken file, for fewer than two labeled classes, and if nothing is annotated to validate on.
+    """
+    began, pixels = time.monotonic(), np.zeros((2, 256), np.int64)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for counts, items in zip(pixels, (data.labeled, data.val)):
+            for histogram in pool.map(lambda item: read(item, data)[1].histogram(), items):
+                counts += histogram
+                if began and time.monotonic() > began + 2:
+                    print(f"reads {len(data.labeled)} labeled and {len(data.val)} validation images first", flush=True)
+                    began = None
+    labeled, val = pixels[:, : len(data.classes)] > 0
+    absent = [name for name, there in zip(data.classes, labeled) if not there]
+    if labeled.sum() < 2:
+        raise InputError(
+            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes; expected "
+            f"two or more, `python tools/prepare.py check --dataset {data.name}` says what the masks hold"
+        )
+    if not val.any():
+        raise InputError(f"the validation masks of {data.name} are all {IGNORE}; expected class indices to score")
+    if absent:
+        print(f"warning: no labeled pixel is {', '.join(absent)}, which cannot be learned", file=sys.stderr)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # weak and strong views
 
 
 def random_view(image, mask, crop, scales, rng):
-    """The weak view: a square of an image and its mask, padded to the right and below, resized to `crop`, flipped or not.
+    """The weak view: a square of an image and its mask, padded right and below, resized to `crop`, perhaps flipped.
 
     Returns uint8 tensors image (3,crop,crop), mask (crop,crop) and the bool valid (crop,crop), False on padding, where
     the mask is 255. The square's side is crop / scale, so that scale is that of the image in the view.
@@ -459,21 +490,6 @@ def evaluation_loader(data, items, workers=0, rank=0, world=1):
 def _tensors(data, item):
     image, mask = read(item, data)
     return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
-
-
-def annotated_pixels(data, rank=0, world=1):
-    """Reads every labeled and validation image with its mask: (2,256) pixels of each class, labeled and val, and of 255.
-
-    Each process reads its own share. Raises InputError for the first file that is broken.
-    """
-    began, said, pixels = time.monotonic(), False, torch.zeros(2, 256, dtype=torch.long)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part, items in enumerate((data.labeled, data.val)):
-            for counts in pool.map(lambda item: read(item, data)[1].histogram(), items[rank::world]):
-                pixels[part] += torch.tensor(counts)
-                if not said and rank == 0 and time.monotonic() > began + 2:
-                    said = print(f"reads {len(data.labeled) + len(data.val)} annotated images first", flush=True) or True
-    return pixels
 
 
 def own_process_group(worker):

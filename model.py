@@ -106,6 +106,7 @@ class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
     backbone: one of ENCODERS; output_stride 16 or 8; weights: see `encoder`.
+    drop (B,C): multiplies the channels of the deepest features [UniMatch V2].
     forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4, where they
     are decided. In training mode B must be at least 2, for ASPP's image pooling has BatchNorm on one pixel per image.
     """
@@ -113,6 +114,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
         super().__init__()
         self.shallow, shallow_channels, _, deep_channels, width = ENCODERS[backbone]
+        self.deep_channels = deep_channels
         self.backbone = encoder(backbone, weights)
         replace_stride_with_dilation(self.backbone, output_stride)
         self.aspp = ASPP(deep_channels, ATROUS_RATES[output_stride], width)
@@ -120,12 +122,14 @@ class DeepLabV3Plus(nn.Module):
         self.decoder = nn.Sequential(Conv2dNormActivation(width + 48, width), Conv2dNormActivation(width, width))
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, images):
+    def forward(self, images, drop=None):
         x = images
         for name, stage in self.backbone.named_children():
             x = stage(x)
             if name == self.shallow:
                 low = self.low_level(x)  # (B,48,H/4,W/4)
+        if drop is not None:
+            x = x * drop[:, :, None, None]
         context = F.interpolate(self.aspp(x), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
         # float32, because bfloat16 would tie the margins; contiguous, because refine.py goes from class to class.
@@ -222,11 +226,12 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 def start_processes(wanted="auto"):
     """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
     names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in zip((*names[:2], "LOCAL_RANK"), "010"))
+    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    world = max(world, 1)
     missing = [name for name in names if name not in os.environ]
     if world > 1 and missing:
         raise InputError(
-            f"WORLD_SIZE={world} is in the environment, {' and '.join(missing)} is not; start with torchrun, or unset it"
+            f"WORLD_SIZE={world} is in the environment, {', '.join(missing)} not; start with torchrun, or unset it"
         )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or a CUDA build and driver")
@@ -247,9 +252,11 @@ def start_processes(wanted="auto"):
         # On one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
+        backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0])
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+            store = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0]
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         except dist.DistError as error:
-            raise InputError(f"the {world} processes did not meet within {WAIT} s; start all of them, or unset WORLD_SIZE") from error
+            raise InputError(f"{world} processes did not meet in {WAIT} s; start all, or unset WORLD_SIZE") from error
     return rank, world, device

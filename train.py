@@ -17,6 +17,7 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as VF
 
-from data import DATASETS, IGNORE, InputError, annotated_pixels, cutmix, generator, normalize, open_dataset, read
+from data import DATASETS, IGNORE, InputError, check_annotations, cutmix, generator, normalize, open_dataset, read
 from data import sample_numbers, strong_views, training_loader
 from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
@@ -149,7 +150,8 @@ def main(args):
     data = open_dataset(args.dataset, args.root, args.labeled, args.splits, parts)
     epochs_to_steps(args, data, world, device)
     checkpoint = find_checkpoint(args, data, rank)
-    refuse_unlearnable(data, all_reduce(annotated_pixels(data, rank, world).to(device)).cpu(), rank)
+    if rank == 0:
+        check_annotations(data)
 
     torch.manual_seed(args.seed)
     if args.deterministic:
@@ -335,22 +337,6 @@ def epochs_to_steps(args, data, world, device):
         )
 
 
-def refuse_unlearnable(data, pixels, rank):
-    """Warns of classes without a labeled pixel. pixels: see `data.annotated_pixels`. Raises InputError if there is
-    nothing to learn or to score."""
-    labeled, val = pixels[:, : len(data.classes)].tolist()
-    absent = [name for name, count in zip(data.classes, labeled) if not count]
-    if len(absent) >= len(data.classes) - 1:
-        raise InputError(
-            f"the labeled images of {data.name} show {len(data.classes) - len(absent)} of {len(data.classes)} classes; "
-            "expected two or more: see what the masks hold with `python tools/prepare.py check`"
-        )
-    if not any(val):
-        raise InputError(f"the validation masks of {data.name} are all 255; expected class indices to score against")
-    if absent and rank == 0:
-        print(f"warning: no labeled pixel shows {', '.join(absent)}; it cannot be learned", file=sys.stderr)
-
-
 def find_checkpoint(args, data, rank):
     """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder.
 
@@ -533,94 +519,78 @@ def fill_presets(args, device):
 
 def parse_args(argv=None):
     """The command line. What is None here takes the preset of the dataset."""
+    presets = PRESETS | {f"camvid, folder on {device}": sizes for device, sizes in SIZES.items()}
+    lines = [": ".join((name, ", ".join(f"{key} {value}" for key, value in presets[name].items()))) for name in presets]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Sources: [paper], [authors' "
-        "code], [FixMatch], [UniMatch V2], [ours]. Presets of camvid and folder: on a CPU / on a GPU.",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="[preset]: the dataset's, which the command line beats. pascal and cityscapes: Appendix D [paper], but\n"
+        "warmup_epochs [authors' code], eval_mode, ohem [common practice], workers, log_every [ours]; others [ours]\n\n"
+        + "\n".join(textwrap.fill(line, 118, subsequent_indent="    ") for line in lines),
     )  # fmt: skip
     switch, natural, positive = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, above=True)
     share = number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="shapes", help="default: shapes, which are drawn, not downloaded")
+    add("--dataset", choices=DATASETS, default="shapes", help="default: shapes, which are drawn, nothing is downloaded")
     add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder; default: data")
-    add("--labeled", help="number of labeled images, a file of their ids, or all; default: shapes 24, camvid 46, folder "
-        "all, pascal 366, cityscapes 744")
+    add("--labeled", help="number of labeled images, a file of their ids, or all [preset]")
     add("--splits", help="folder of published lists, <dataset>/<N>.txt; default: the one beside this file")
-    add("--crop", type=number(int, 32), help="side of the square training views, pixels; default: shapes 64, camvid and "
-        "folder 128 / 321 [ours], pascal 513, cityscapes 769 [paper]")
-    add("--workers", type=number(int, 0), help="data-loading workers of each process; default: shapes 1, camvid and "
-        "folder 1 / 8, others 4")
+    add("--crop", type=number(int, 32), help="side of the square training views, pixels [preset]")
+    add("--workers", type=number(int, 0), help="data-loading workers of each process [preset]")
 
     add = parser.add_argument_group("method").add_argument
-    add("--framework", choices=STRONG_VIEWS, default="fixmatch", help="strong view: colors and CutMix [FixMatch], the "
-        "default; CutMix [paper]; two of FixMatch's, with dropout that is complementary [UniMatch V2]; supervised: "
-        "only labeled images")
+    add("--framework", choices=STRONG_VIEWS, default="fixmatch", help="strong view: CutMix [paper: cutmixseg]; colors "
+        "too [FixMatch], the default; two of these, and complementary dropout [UniMatch V2]; supervised: only labels")
     add("--refinement", action=switch, default=True, help="Eqs. 7-10, on by default; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
-        choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel; default: 3 [paper]; cross [authors' code]")
-    add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; default: 1 [paper]; 4: the "
-        "logits' own grid [ours]")
-    add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a; default: 1 [paper]")
-    add("--select", choices=("max", "min", "random"), default="max", help="which, Table 4a; default: max [paper]")
+        choices=(3, 5, 7, "cross"), help="N x N, default 3 [paper]; cross: the four beside the pixel [authors' code]")
+    add("--dilation", type=natural, default=1, help="distance of neighbors, pixels, 1 [paper]; 4: the logits' own [ours]")
+    add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a, default 1 [paper]")
+    add("--select", choices=("max", "min", "random"), default="max", help="which one, Table 4a, default max [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10, on by default [paper]; without: 1")
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
-    add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5; default: margin "
-        "[paper]; refined, a maximum is never below the raw one: near 0.89 it is refined to 0.95")
-    add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; default: 0.4 "
-        "[paper]")
-    add("--threshold", type=float, help="fixed, in place of Eq. 6; 0.95 with --confidence max [FixMatch], which with "
-        "refinement acts like 0.89 where neighbors agree")
-    add("--floor", type=float, default=0.0, help="Eq. 6's threshold is never below it; default: 0, none [paper]; others "
-        "[ours]")
-    add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1; default: 1 [ours]")
+    add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5, default margin "
+        "[paper]; a refined maximum is never below the raw one")
+    add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; 0.4 [paper]")
+    add("--threshold", type=float, help="fixed, in place of Eq. 6: 0.95 with --confidence max [FixMatch]; refined, it "
+        "acts like 0.89 where neighbors agree")
+    add("--floor", type=float, default=0.0, help="Eq. 6's threshold is never below it [ours], default 0: none [paper]")
+    add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1, default 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept", help="divides the sum over the kept "
-        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few "
-        "weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
-    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1; default: 0.99 [paper]")
-    add("--cutmix", type=share, default=0.5, help="probability of CutMix, Appendix D; default: 0.5 [paper], for each "
-        "image [ours]")
-    add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images; default: pascal, cityscapes 1 "
-        "[authors' code]")
-    add("--warmup-iters", type=number(int, 0), help="the same in steps; default: shapes, camvid, folder 300 [ours]")
+        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few weigh "
+        "little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
+    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]")
+    add("--cutmix", type=share, default=0.5, help="probability of CutMix, default 0.5 [paper], for each image [ours]")
+    add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [preset]")
+    add("--warmup-iters", type=number(int, 0), help="the same in steps, in place of --warmup-epochs [preset]")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=ENCODERS, help="torchvision's encoder; default: shapes resnet10 (a small one), camvid and "
-        "folder mobilenet_v2 / resnet50 [ours], pascal and cityscapes resnet101 [paper]")
-    add("--weights", help="imagenet, none, or a file with torchvision's state dict; default: imagenet [paper], shapes "
-        "none")
-    add("--output-stride", type=int, choices=(16, 8), default=16, help="default: 16; 8 needs more memory [authors' "
-        "code]")
+    add("--backbone", choices=ENCODERS, help="torchvision's encoder; resnet10 is for CPUs [preset]")
+    add("--weights", help="imagenet, none, or a file with torchvision's state dict [preset]")
+    add("--output-stride", type=int, choices=(16, 8), default=16, help="default 16; 8, for more memory [authors' code]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: over the labeled, at least 1,000 "
-        "steps; default: pascal, cityscapes 80 [paper]")
-    add("--iters", type=natural, help="steps, in place of --epochs; default: shapes 1500, camvid and folder 2000 / 6000")
-    add("--batch-size", type=natural, help="labeled and unlabeled images each, per process; default: shapes 4, camvid "
-        "and folder 4 / 8 [ours], pascal 3, cityscapes 2 [paper]")
-    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9; default: camvid, folder adamw [ours], "
-        "others sgd [paper]")
-    add("--lr", type=positive, help="learning rate of the encoder; default: shapes 0.02, camvid 0.0005, folder 0.0001 "
-        "[ours], pascal 0.001, cityscapes 0.01 [paper]")
-    add("--head-lr", type=positive, help="of everything else; default: shapes 0.02, camvid 0.005, folder 0.001 [ours], "
-        "pascal 0.01, cityscapes 0.01 [paper]")
-    add("--weight-decay", type=number(float, 0), help="of all parameters; default: pascal, camvid, folder 0.0001, "
-        "cityscapes, shapes 0.0005")
-    add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: only their hard pixels; default: "
-        "cityscapes ohem [common practice], others ce [paper]")
-    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay; default: 0.9 [paper]")
+    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: the labeled, 1,000 steps or more "
+        "[preset]")
+    add("--iters", type=natural, help="steps, in place of --epochs; compares a supervised run at equal length [preset]")
+    add("--batch-size", type=natural, help="labeled and unlabeled images each, per process [preset]")
+    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9, or AdamW [preset]")
+    add("--lr", type=positive, help="learning rate of the encoder [preset]")
+    add("--head-lr", type=positive, help="learning rate of everything else [preset]")
+    add("--weight-decay", type=number(float, 0), help="of all parameters [preset]")
+    add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: only their hard pixels [preset]")
+    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, default 0.9 [paper]")
 
     add = parser.add_argument_group("run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     add("--amp", action=switch, help="bfloat16 autocast; default: on GPUs that compute in it")
     add("--compile", action=switch, default=False, help="torch.compile teacher, pseudo-labels and, on one GPU, student")
     add("--deterministic", action=switch, default=False, help="ask for deterministic CUDA kernels; the CPU's are")
-    add("--seed", type=number(int, 0), default=0, help="random seed; default: 0")
+    add("--seed", type=number(int, 0), default=0, help="random seed, default 0")
     add("--eval-every", type=natural, help="epochs between evaluations; default: a tenth of the run")
-    add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows of --crop, center crop of --crop; "
-        "default: cityscapes sliding, others original [common practice]")
-    add("--log-every", type=natural, help="steps between log lines; default: 20")
-    add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations; "
-        "default: 10")
+    add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows or a center crop of --crop [preset]")
+    add("--log-every", type=natural, help="steps between log lines [preset]")
+    add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, default 10")
     add("--tensorboard", action=switch, default=False, help="log and panels for TensorBoard too")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
     add("--resume", action="store_true", help="continue the run in --out; starts it if there is no checkpoint yet")
