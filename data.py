@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 IGNORE, NO_CLASS = 255, 254
@@ -370,24 +370,56 @@ def random_view(image, mask, crop, scales, rng):
     return views[0], views[1][0], views[2][0].bool()
 
 
-STRONG = v2.Compose([  # FixMatch's strong view of a weak one, with the field's usual strengths
-    v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-    v2.RandomGrayscale(p=0.2),
-    v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
-])  # fmt: skip
+def strong_parameters(seed, number, stream=0):
+    """(factors, places, gray, sigma): of brightness, contrast, saturation and hue the factors, and the places 0 to 3 in
+    their order; whether the view is gray; the blur's sigma in pixels, 0.01 for none."""
+    rng = generator(seed, "strong", number, stream)
+    factors, places = rng.uniform((0.5, 0.5, 0.5, -0.25), (1.5, 1.5, 1.5, 0.25)), rng.permutation(4)
+    jitter, gray, blur = rng.random(3) < (0.8, 0.2, 0.5)
+    return factors if jitter else (1, 1, 1, 0), places, gray, rng.uniform(0.1, 2.0) if blur else 0.01
 
 
-def strong_views(weak, seed, numbers):
-    """Color jitter, gray and blur of uint8 images (B,3,H,W), on their device; each a pure function of (seed, number).
+def strong_views(weak, seed, numbers, stream=0):
+    """FixMatch's strong views of uint8 images (B,3,H,W), on their device: float32 in 0..255, not rounded.
 
-    Geometry stays, so labels of the weak views fit. numbers: of the samples, see `sample_numbers`.
+    torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2 and GaussianBlur(9) with 0.5, on
+    all images at once; each view is a pure function of (seed, number, stream). Geometry stays, so labels of the weak
+    views fit. numbers: of the samples, see `sample_numbers`; stream: each gives another, independent view.
     """
-    strong = []
-    with torch.random.fork_rng(devices=[]):
-        for image, number in zip(weak, numbers):
-            torch.manual_seed(int(generator(seed, "strong", number).integers(2**63)))
-            strong.append(STRONG(image))
-    return torch.stack(strong)
+    batch = len(weak)
+    same, gray = np.eye(3), np.tile((0.2989, 0.587, 0.114), (3, 1))  # matrices that keep a color, or make it gray
+    means, blends = np.zeros((6, batch, 3, 3)), np.tile(same, (7, batch, 1, 1))  # of the image's mean, of each pixel
+    turns, kernels = np.empty((batch, 3)), np.empty((batch, 3, 9))
+    for i, number in enumerate(numbers):
+        (brightness, contrast, saturation, hue), places, is_gray, sigma = strong_parameters(seed, number, stream)
+        one, two, three = places[:3] + 2 * (places[:3] > places[3])  # steps 0 to 2 come before hue, 3 to 5 after it
+        blends[one, i] = brightness * same
+        blends[two, i], means[two, i] = contrast * same, (1 - contrast) * gray
+        blends[three, i] = saturation * same + (1 - saturation) * gray
+        blends[6, i] = gray if is_gray else same
+        turns[i] = 6 * hue + np.array([0, 4, 2])  # sixths of the circle, for red, green, blue
+        kernels[i] = np.exp(-((np.arange(-4, 5) / sigma) ** 2) / 2)
+    kernels /= kernels.sum(2, keepdims=True)
+    table = torch.from_numpy(np.float32(np.hstack([*map(np.ravel, (means, blends, turns, kernels))])))
+    table = (table.pin_memory() if weak.is_cuda else table).to(weak.device, non_blocking=True)  # waits for nothing
+    matrices, turns, kernels = table.split([117 * batch, 3 * batch, 27 * batch])
+    *matrices, last = matrices.view(13, batch, 3, 3).unbind()
+
+    x = weak.flatten(2).float()  # (B,3,HW)
+    with torch.autocast(weak.device.type, enabled=False):
+        for step, (mean, blend) in enumerate(zip(matrices[:6], matrices[6:])):
+            if step == 3:  # hue: its angle, -3 to 3 with red at 0, is turned and becomes RGB again
+                low = x.amin(1, keepdim=True)
+                r, g, b = x.sub_(low).split(1, 1)
+                chroma = x.amax(1, keepdim=True).clamp_(min=1e-6)
+                hue = (g + b).sub_(r).add_(chroma).div_(chroma).copysign_(g - b)
+                share = (hue + turns.view(batch, 3, 1)).remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
+                x = torch.addcmul(low, chroma, share)
+            x = torch.baddbmm(mean.bmm(x.mean(2, keepdim=True)), blend, x).clamp_(0, 255)
+        x = F.pad(last.bmm(x).view(1, -1, *weak.shape[2:]), (4, 4, 4, 4), "reflect")
+        for shape in ((1, 9), (9, 1)):
+            x = F.conv2d(x, kernels.view(3 * batch, 1, *shape), groups=3 * batch)
+    return x.view(weak.shape)
 
 
 def cutmix(rng, probability, images, *maps):
@@ -410,7 +442,7 @@ def cutmix(rng, probability, images, *maps):
 
 
 def normalize(images):
-    """uint8 images (B,3,H,W) -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
+    """Images (B,3,H,W) in 0..255 -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
     mean, std = _mean_and_std(images.device)
     return (images - mean) / std
 

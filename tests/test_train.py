@@ -159,7 +159,7 @@ def shapes(tmp_path_factory):
 
 
 RECORDED = {  # mean loss_x of the steps 1-4; loss_x, loss_u of 5-8; sum of |change| of student and teacher
-    "fixmatch": ((1.8340, 1.3035, 0.8933), (4666.7, 3713.2)),
+    "fixmatch": ((1.8340, 1.2931, 0.8766), (4684.5, 3725.0)),
     "cutmixseg": ((1.8340, 1.2457, 0.8688), (4690.9, 3732.1)),
 }
 
@@ -170,8 +170,9 @@ RECORDED = {  # mean loss_x of the steps 1-4; loss_x, loss_u of 5-8; sum of |cha
 )
 @pytest.mark.parametrize("framework", RECORDED)
 def test_sixteen_steps_end_in_the_recorded_weights(tmp_path, shapes, framework):
-    # Recorded before the code was redesigned, which left them the same bit for bit. They change with a CPU's rounding,
-    # by four thousandths so far; the exact test is the one above.
+    # cutmixseg's were recorded before the code was redesigned, which left them the same bit for bit; fixmatch's since
+    # strong views are made of a whole batch at once. They change with a CPU's rounding, by four thousandths so far; the
+    # exact test is the one above.
     options = f"--root {shapes} --iters 16 --warmup-iters 4 --log-every 4 --eval-every 99 --workers 0 --device cpu"
     T.main(T.parse_args([*options.split(), "--framework", framework, "--out", str(tmp_path)]))
     losses, moved = RECORDED[framework]
