@@ -379,18 +379,18 @@ def strong_parameters(seed, number, stream=0):
     return factors if jitter else (1, 1, 1, 0), places, gray, rng.uniform(0.1, 2.0) if blur else 0.01
 
 
-def strong_views(weak, seed, numbers, stream=0):
+def strong_views(weak, seed, samples, stream=0):
     """FixMatch's strong views of uint8 images (B,3,H,W), on their device: float32 in 0..255, not rounded.
 
     torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2 and GaussianBlur(9) with 0.5, on
     all images at once; each view is a pure function of (seed, number, stream). Geometry stays, so labels of the weak
-    views fit. numbers: of the samples, see `sample_numbers`; stream: each gives another, independent view.
+    views fit. samples: their numbers, see `sample_numbers`; stream: each gives another, independent view.
     """
     batch = len(weak)
     same, gray = np.eye(3), np.tile((0.2989, 0.587, 0.114), (3, 1))  # matrices that keep a color, or make it gray
     means, blends = np.zeros((6, batch, 3, 3)), np.tile(same, (7, batch, 1, 1))  # of the image's mean, of each pixel
     turns, kernels = np.empty((batch, 3)), np.empty((batch, 3, 9))
-    for i, number in enumerate(numbers):
+    for i, number in enumerate(samples):
         (brightness, contrast, saturation, hue), places, is_gray, sigma = strong_parameters(seed, number, stream)
         one, two, three = places[:3] + 2 * (places[:3] > places[3])  # steps 0 to 2 come before hue, 3 to 5 after it
         blends[one, i] = brightness * same
@@ -505,9 +505,9 @@ class TrainingViews(Dataset):
 def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
     """One batch per step of `steps` for one process of `world`; together they see one process's batch of B * world."""
     views = TrainingViews(data, crop, framework, seed)
-    numbers = [sample_numbers(step, batch_size, rank, world) for step in steps]
+    samples = [sample_numbers(step, batch_size, rank, world) for step in steps]
     return DataLoader(
-        views, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
+        views, batch_sampler=samples, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
     )
 
 
