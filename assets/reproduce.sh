@@ -41,7 +41,7 @@ case $SETTINGS in
     cpu)
         [ -d "$OUT/pascal160" ] || { shrink "$PASCAL" "$OUT/part" && mv "$OUT/part" "$OUT/pascal160"; }
         lists="92 183 366 732 1464" common="$pascal --root $OUT/pascal160 --crop 129 --batch-size 4 --iters 2000" ;;
-    gpu) lists="183" common="$pascal --root $PASCAL --crop 257 --batch-size 8 --iters 1600" ;;
+    gpu) lists="92 183 366 732 1464" common="$pascal --root $PASCAL --crop 257 --batch-size 8 --iters 1600" ;;
     camvid) lists="46" common="--dataset camvid --root $CAMVID --crop 128 --batch-size 4 --iters 2000" ;;
     *) echo "SETTINGS is $SETTINGS; expected cpu, gpu or camvid" && exit 1 ;;
 esac

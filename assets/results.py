@@ -37,7 +37,8 @@ PAIRS = (  # one method minus another
     ("variant - UniMatch's own unimatch.py loop", "variant", "rival-unimatch"),
 )
 SETTINGS = {  # title, dataset, lists
-    "gpu": ("One GPU, 256 pixels, 186 labels, 3,493 unlabeled photographs", "pascal", ("186",)),
+    "h200": ("One H200, 256 pixels, 186 labels, 3,493 unlabeled photographs", "pascal", ("186",)),
+    "gpu": ("One GPU, 256 pixels, all others of 6,932 unlabeled", "pascal", ("92", "183", "366", "732", "1464")),
     "cpu": ("Two cores, 160 pixels, all others of 6,932 unlabeled", "pascal", ("92", "183", "366", "732", "1464")),
     "camvid": ("CamVid, 480 x 360, 46 labels, 321 unlabeled photographs", "camvid", ("46",)),
 }
@@ -54,14 +55,17 @@ CLASSES = {  # the rarest first, by labeled pixels: of PASCAL's list 1464, of al
 }  # fmt: skip
 RARE = {dataset: classes[: round(len(classes) / 3)] for dataset, classes in CLASSES.items()}
 MEASURES = ("mIoU", "boundary IoU", "rarest third", "kept, %", "correct, %")
-T95 = (  # two-sided 95% quantiles of Student's t for 2 to 25 pairs
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-    2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064,
-)  # fmt: skip
+T95 = dict(  # two-sided 95% quantiles of Student's t, by the number of pairs
+    enumerate(
+        (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+        + (2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
+        start=3,
+    )
+)
 
 
 def keep(settings, run):
-    """Copies what the tables need of a finished run into assets/logs; a rival needs args.json with iters, and a val line."""
+    """Copies what the tables need of a finished run into assets/logs; a rival's needs args.json with iters."""
     args = json.loads((run / "args.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     if lines[-1]["event"] != "val" or lines[-1]["step"] != args["iters"]:
@@ -101,11 +105,10 @@ def measure(lines, dataset=None):
 
 
 def difference(one, other):
-    """The mean of paired differences over the keys of both with its 95% interval of Student's t, as text."""
+    """The mean of paired differences over the keys of both, from three pairs on with its 95% interval, as text."""
     paired = [one[key] - other[key] for key in one if key in other]
-    if len(paired) < 3:  # an interval of two is wider than any difference
-        return f"{mean(paired):+.2f} ({len(paired)} pair{'s' * (len(paired) > 1)})" if paired else ""
-    return f"{mean(paired):+.2f} ± {T95[len(paired) - 2] * stdev(paired) / len(paired) ** 0.5:.2f}"
+    half = f" ± {T95[len(paired)] * stdev(paired) / len(paired) ** 0.5:.2f}" if len(paired) > 2 else ""
+    return f"{mean(paired):+.2f}{half}" if paired else ""
 
 
 def values(scores, method, name, labeled):
@@ -157,13 +160,14 @@ def sections(settings):
         f"rates {args['lr']} / {args['head_lr']}."
     )
     scores = {method: {key: measure(of[key], dataset) for key in of} for method, of in runs.items()}
+    first = [(name, name, lists[0]) for name in MEASURES]
     if len(lists) == 1:
-        by = {"": [(name, name, lists[0]) for name in MEASURES]}
-        short = by[""][:3]
+        by, short = [first], first[:3]
     else:
-        by = {name: [(f"{labeled} labels", name, labeled) for labeled in lists] for name in MEASURES}
-        short = by["mIoU"] = [*by["mIoU"], ("all lists, paired", "mIoU", None)]
-    tables = [f"{name}\n\n" * bool(name) + method_table(scores, columns) for name, columns in by.items()]
+        short = [*((f"{labeled} labels", "mIoU", labeled) for labeled in lists), ("all lists, paired", "mIoU", None)]
+        more = [(f"{name}, {lists[0]} labels", name, labeled) for name, _, labeled in first[1:]]
+        by = [short, [*more, *((f"{name}, all lists, paired", name, None) for name in MEASURES[1:3])]]
+    tables = [method_table(scores, columns) for columns in by]
     tables += filter(None, [pair_table(scores, short)])
     readme = f"{about}\n\n{method_table(scores, short)}"
     return readme, f"{about}\ntorch {args['torch']}, project at {commits}.\n\n" + "\n".join(tables)
@@ -175,7 +179,7 @@ def parts():
     found = {settings: text for settings, (_, text) in both.items()}
     found["results"] = "\n".join(filter(None, (short for short, _ in both.values())))
     found["rarest"] = "".join(f"{dataset}: {', '.join(names)}.\n" for dataset, names in RARE.items())
-    gpu = {method: {key: measure(of[key], "pascal") for key in of} for method, of in read("gpu").items()}
+    gpu = {method: {key: measure(of[key], "pascal") for key in of} for method, of in read("h200").items()}
     columns = [*RARE["pascal"], "other classes"]
     found["classes"] = method_table(gpu, [(name, name, "186") for name in columns])
     shapes = {method: {key: measure(of[key]) for key in of} for method, of in read("shapes").items()}
@@ -193,7 +197,7 @@ def draw():
         from matplotlib.figure import Figure
     except ImportError:
         return
-    gpu, cpu = read("gpu"), read("cpu")
+    gpu, cpu = read("h200"), read("cpu")
     figure = Figure(figsize=(15 if cpu else 10, 3.8), layout="constrained")
     labels, classes, *lists = figure.subplots(1, 2 + bool(cpu), width_ratios=(1, 1.6, 1)[: 2 + bool(cpu)])
     colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
@@ -215,12 +219,11 @@ def draw():
             points = sorted((int(labeled), lines[-1]["miou"]) for (labeled, _), lines in runs.items())
             axis.plot(*zip(*points), ".", color=colors.get(method, "black"), alpha=0.6)
             means = {x: mean(y for labeled, y in points if labeled == x) for x, _ in points}
-            title = METHODS.get(method, (method,))[0]
-            axis.plot([*means], [*means.values()], color=colors.get(method, "black"), label=title)
+            axis.plot([*means], [*means.values()], color=colors.get(method, "black"), label=method)
         axis.set(title="mIoU, two cores", xlabel="labels", xscale="log", ylabel="%")
         axis.set_xticks([int(labeled) for labeled in SETTINGS["cpu"][2]], SETTINGS["cpu"][2])
         axis.minorticks_off()
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(ASSETS / "results.png", dpi=80)
 
 
