@@ -223,6 +223,14 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
+def average_statistics(network, world):
+    """BatchNorm's running statistics become their mean over the processes."""
+    for statistic in network.buffers():
+        if statistic.is_floating_point():
+            dist.all_reduce(statistic)
+            statistic /= world
+
+
 def start_processes(wanted="auto"):
     """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
     names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ

@@ -32,8 +32,8 @@ from data import DATASETS, IGNORE, InputError, check_annotations, cutmix, genera
 from data import sample_numbers, strong_views, training_loader
 from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
-from model import ENCODERS, DeepLabV3Plus, all_reduce, cannot_write, ema_decay, float_tensors, load_checkpoint
-from model import save_checkpoint, start_processes, update_teacher
+from model import ENCODERS, DeepLabV3Plus, all_reduce, average_statistics, cannot_write, ema_decay, float_tensors
+from model import load_checkpoint, save_checkpoint, start_processes, update_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out.
@@ -280,8 +280,8 @@ def main(args):
             scores = evaluate(teacher, data, data.val, device, protocol, args.workers, rank, world)
             improved, best = scores["miou"] > best, max(best, scores["miou"])
             write_record(out, board, rank, {"event": "val", "step": done, "epoch": record["epoch"]} | scores)
-        if rank == 0 and evaluating:
-            print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
+            if rank == 0:
+                print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
         if rank == 0 and evaluating and not stop:
             picture = panel(teacher, data, panel_items(data), device, vars(args), prior)
             VF.to_pil_image(picture).save(out / "panels" / f"step-{done:06d}.png")
@@ -344,8 +344,6 @@ def find_checkpoint(args, data, rank):
     broken one was taken away) and a lower learning rate continue the run; the latter two are said aloud.
     """
     out, last = Path(args.out), Path(args.out) / "last.pth"
-    if not args.resume and (out / "args.json").exists():
-        raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if not (args.resume and last.exists()):
         return None
     checkpoint = load_checkpoint(last)
@@ -390,37 +388,31 @@ def open_run(args, data, first, rank, device):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    settled, metrics = vars(args) | versions | {"commit": git.stdout.strip() or None}, out / "metrics.jsonl"
     try:
         (out / "panels").mkdir(parents=True, exist_ok=True)
         lock = open(out / "args.json", "a+")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends, however it ends
+        if lock.tell() and not args.resume:
+            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        lock.truncate(0)
+        print(json.dumps(settled, indent=2), file=lock, flush=True)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        metrics.with_suffix(".tmp").write_text("".join(whole))  # a kill may have cut the last line
+        os.replace(metrics.with_suffix(".tmp"), metrics)
     except BlockingIOError as error:
         raise InputError(f"another process is training in {out}; wait for it, or choose another --out") from error
     except OSError as error:
         raise cannot_write(out, error) from error
-    if lock.tell() and not args.resume:
-        raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    settled = vars(args) | versions | {"commit": git.stdout.strip() or None}
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-    try:
-        lock.truncate(0)
-        print(json.dumps(settled, indent=2), file=lock, flush=True)
-        metrics.with_suffix(".tmp").write_text("".join(whole))  # a kill may have cut the last line
-        os.replace(metrics.with_suffix(".tmp"), metrics)
-    except OSError as error:
-        raise cannot_write(out, error) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    sizes = [len(data.labeled), len(data.unlabeled), len(data.val)]
-    print(f"{data.name}: {sizes[0]} labeled, {sizes[1]} unlabeled, {sizes[2]} validation images")
-    print(f"{args.framework}, {args.backbone} on {world} x {name}; ", end="")
     more = f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only"
-    more = " images" if args.framework == "supervised" else more
-    print(f"{args.iters} steps of {args.batch_size} labeled{more}", end="")
-    print(f"\n{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
+    print(f"{data.name}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images")
+    print(f"{args.framework}, {args.backbone} on {world} x {name}; {args.iters} steps of {args.batch_size} labeled", end="")
+    print(" images" if args.framework == "supervised" else more)
+    print(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
     if args.batch_size == 1 and args.framework != "supervised" and args.cutmix:
         print("warning: with one image per process CutMix has no second image and changes nothing", file=sys.stderr)
     return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None, lock
@@ -433,8 +425,9 @@ def stop_signals(rank, world):
     def receive(number, _):
         if received and number == signal.SIGINT and world == 1:
             os._exit(128 + number)
-        if not received and rank == 0:  # print could be interrupted by itself
-            os.write(2, f"{signal.Signals(number).name}: saving after this step; again: at once\n".encode())
+        if not received and rank == 0:
+            said = f"{signal.Signals(number).name}: saves as soon as this step or evaluation is done; again: at once\n"
+            os.write(2, said.encode())  # print could be interrupted by itself
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -465,8 +458,11 @@ def write_record(out, board, rank, record):
     """Appends a line to metrics.jsonl, and its numbers to TensorBoard."""
     if rank != 0:
         return
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise cannot_write(out / "metrics.jsonl", error) from error
     for name, value in record.items() if board else ():
         if isinstance(value, (int, float)):
             board.add_scalar(f"{record['event']}/{name}", value, record["step"])
@@ -482,14 +478,6 @@ def progress(record, args):
         if "correct" in record:
             line += f"  correct {record['correct']:.1%} (raw {record['correct_raw']:.1%})"
     return f"{line}  {record['images_per_second']:.1f} images/s"
-
-
-def average_statistics(network, world):
-    """BatchNorm's running statistics become their mean over the processes."""
-    for statistic in network.buffers():
-        if statistic.is_floating_point():
-            dist.all_reduce(statistic)
-            statistic /= world
 
 
 def not_finite(what, out):
