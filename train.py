@@ -409,9 +409,11 @@ def open_run(args, data, first, rank, device):
         raise cannot_write(out, error) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     more = f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only"
-    print(f"{data.name}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images")
-    print(f"{args.framework}, {args.backbone} on {world} x {name}; {args.iters} steps of {args.batch_size} labeled", end="")
-    print(" images" if args.framework == "supervised" else more)
+    more = " images" if args.framework == "supervised" else more
+    labeled, unlabeled, val = len(data.labeled), len(data.unlabeled), len(data.val)
+    print(f"{data.name}: {labeled} labeled, {unlabeled} unlabeled, {val} validation images")
+    print(f"{args.framework}, {args.backbone} on {world} x {name}; {args.iters} steps of "
+          f"{args.batch_size} labeled{more}")
     print(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
     if args.batch_size == 1 and args.framework != "supervised" and args.cutmix:
         print("warning: with one image per process CutMix has no second image and changes nothing", file=sys.stderr)
@@ -532,7 +534,7 @@ def parse_args(argv=None):
     add("--refinement", action=switch, default=True, help="Eqs. 7-10, on by default; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, default 3 [paper]; cross: the four beside the pixel [authors' code]")
-    add("--dilation", type=natural, default=1, help="distance of neighbors, pixels, 1 [paper]; 4: the logits' own [ours]")
+    add("--dilation", type=natural, default=1, help="distance of neighbors, pixels; 1 [paper], 4: the logits' [ours]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a, default 1 [paper]")
     add("--select", choices=("max", "min", "random"), default="max", help="which one, Table 4a, default max [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10, on by default [paper]; without: 1")
@@ -545,8 +547,8 @@ def parse_args(argv=None):
     add("--floor", type=float, default=0.0, help="Eq. 6's threshold is never below it [ours], default 0: none [paper]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1, default 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept", help="divides the sum over the kept "
-        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few weigh "
-        "little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
+        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few "
+        "weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
     add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]")
     add("--cutmix", type=share, default=0.5, help="probability of CutMix, default 0.5 [paper], for each image [ours]")
     add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [preset]")
