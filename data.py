@@ -511,12 +511,14 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
     )
 
 
-def evaluation_loader(data, items, workers=0, rank=0, world=1):
+def evaluation_loader(data, items, device, workers=0, rank=0, world=1):
     """Whole images (1,3,H,W) with masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
-    return DataLoader(
+    loader = DataLoader(
         items[rank::world], batch_size=None, collate_fn=partial(_tensors, data), num_workers=workers,
-        worker_init_fn=own_process_group,
+        pin_memory=device.type == "cuda", worker_init_fn=own_process_group,
     )  # fmt: skip
+    for pair in loader:
+        yield [part.to(device, non_blocking=True) for part in pair]
 
 
 def _tensors(data, item):
