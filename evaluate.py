@@ -207,7 +207,8 @@ def refinement_options(args, prior=None):
 
 def label_options(args, prior=None):
     """The keyword arguments of `refine.pseudo_labels` that a run's arguments (a dictionary) mean."""
-    options = {"kind": args["confidence"], "threshold": args["threshold"], "refinement": args["refinement"]}
+    options = {"kind": args["confidence"], "refinement": args["refinement"]}
+    options |= {"threshold": args["threshold"], "floor": args.get("floor", 0.0)}
     return options | refinement_options(args, prior)
 
 
@@ -250,11 +251,12 @@ def evaluate_labels(network, data, items, device, protocol, args, prior, workers
 
 
 def image_threshold(prob, args):
-    """The run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence."""
+    """The run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence, not below its floor."""
     if args["threshold"] is not None:
         return args["threshold"]
     conf = confidence(prob, args["confidence"]).flatten()  # not dpa_threshold, which waits for the other processes
-    return conf.kthvalue(1 + int(args["alpha0"] * (len(conf) - 1))).values
+    threshold = conf.kthvalue(1 + int(args["alpha0"] * (len(conf) - 1))).values
+    return threshold.clamp(min=args["floor"]) if args.get("floor") else threshold
 
 
 # ----------------------------------------------------------------------------------------------------------------------
