@@ -187,6 +187,8 @@ def main(args):
     if world > 1:
         run_student = DistributedDataParallel(student, broadcast_buffers=False)
     if args.compile:
+        args.compile = compiles(device)
+    if args.compile:
         run_teacher, make_labels = torch.compile(teacher, dynamic=False), torch.compile(pseudo_labels)
         if world == 1 or device.type == "cpu":  # SyncBatchNorm breaks the graph at every layer
             run_student = torch.compile(run_student, dynamic=False)
@@ -418,6 +420,16 @@ def open_run(args, data, first, rank, device):
     if args.batch_size == 1 and args.framework != "supervised" and args.cutmix:
         print("warning: with one image per process CutMix has no second image and changes nothing", file=sys.stderr)
     return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None, lock
+
+
+def compiles(device):
+    """Whether torch.compile works here; if not, says why in one sentence."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a GPU too old
+        print(f"warning: trains without --compile ({str(error).splitlines()[0]})", file=sys.stderr)
+        return False
+    return True
 
 
 def stop_signals(rank, world):
