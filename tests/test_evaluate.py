@@ -307,9 +307,10 @@ def test_the_labels_of_whole_images_have_the_threshold_of_their_own_pixels(data,
 
 def test_the_options_of_a_run_are_those_of_refine_and_pseudo_labels():
     expected = {"neighborhood": "cross", "neighbors": 2, "select": "min", "distance_weight": False, "dilation": 2}
-    args = run_arguments(**expected, confidence="max", threshold=0.4, refinement=False)
+    others = {"threshold": 0.4, "refinement": False, "floor": 0.3}
+    args = run_arguments(**expected, **others, confidence="max")
     assert E.refinement_options(args, 5) == expected | {"prior": 5}
-    assert E.label_options(args, 5) == expected | {"prior": 5, "kind": "max", "threshold": 0.4, "refinement": False}
+    assert E.label_options(args, 5) == expected | others | {"prior": 5, "kind": "max"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

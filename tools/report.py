@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import IGNORE, InputError, evaluation_loader, open_dataset  # noqa: E402
 from evaluate import Protocol, image_threshold, near_contour, number, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
-from model import load_checkpoint, load_network, over_processes, start_processes  # noqa: E402
+from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, refine  # noqa: E402
 
 COVERAGES = (20, 40, 60, 80, 90)  # percent
@@ -54,7 +54,7 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
             labels[i] += torch.bincount(place[known], minlength=labels.shape[1])
             place = (near * 2 + right) * BINS + (uncertainty(conf, kind, classes).view(torch.int32) >> 15)
             bins[i] += torch.bincount(place[known], minlength=bins.shape[1])
-    labels, bins = (over_processes(counts).cpu().numpy() for counts in (labels, bins))
+    labels, bins = (all_reduce(counts).cpu().numpy() for counts in (labels, bins))
     return labels.reshape(2, classes, 2, 2), bins.reshape(2, 2, 2, BINS)
 
 
