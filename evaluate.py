@@ -335,7 +335,7 @@ def run_script(main):
         sentence = "the connection to another process is lost; its own message, if any, says why"
         code = sentence if lost else traceback.format_exc()
     if isinstance(code, str):
-        print(f"{Path(sys.argv[0]).name}: {code}", file=sys.stderr)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {code}\n")  # in one piece, beside those of other processes
         code = 1
     if dist.is_initialized():
         if code:  # a process group is not taken down while others wait in it
