@@ -110,7 +110,7 @@ def count(network, data, items, prior):
         weak = normalize(image)
         colors = F.avg_pool2d(image / 255, 3, 1, 1, count_include_pad=False)  # as in `bilateral`
         prob, mirrored = network(weak).softmax(1), network(weak.flip(-1)).softmax(1).flip(-1)
-        low = network.low_level(network.backbone[: int(network.shallow) + 1](weak))
+        low = network.low_level(network.backbone(weak)[0])
         features = F.interpolate(F.normalize(low), size=image.shape[-2:], mode="bilinear")
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
         rank = 1 + int(ALPHA * (truth.numel() - 1))
