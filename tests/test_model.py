@@ -277,16 +277,21 @@ def test_dinov2_compiles_as_one_graph_with_the_same_gradients():
 
 DINOV2_RUN = (
     "--dataset camvid --labeled 2 --backbone dinov2_vits14 --weights none --crop 56 --batch-size 2 --warmup-iters 1 "
-    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --keep-checkpoints"
+    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --framework unimatch"
 )
 
 
 @pytest.mark.slow
-def test_a_run_with_dinov2_resumes_bit_for_bit_and_predicts_images_of_any_size(tmp_path):
+def test_unimatch_with_dinov2_resumes_bit_for_bit_and_predicts_images_of_any_size(tmp_path, monkeypatch):
+    def evaluate(*args, once=[True], evaluate=T.evaluate):
+        return evaluate(*args) if once and once.pop() else exit(1)
+
     options = f"{DINOV2_RUN} --root {camvid(tmp_path / 'data')}"
     T.main(T.parse_args(f"{options} --out {tmp_path / 'whole'}".split()))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "whole" / "step-000002.pth").rename(tmp_path / "broken" / "last.pth")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(T, "evaluate", evaluate)
+        T.main(T.parse_args(f"{options} --out {tmp_path / 'broken'}".split()))
+    assert torch.load(tmp_path / "broken" / "last.pth", weights_only=True)["step"] == 2
     T.main(T.parse_args(f"{options} --out {tmp_path / 'broken'} --resume".split()))
     whole, broken = (torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("whole", "broken"))
     for part in ("student", "teacher"):
@@ -325,7 +330,7 @@ def test_the_teacher_is_the_closed_form_of_the_moving_average():
         student[1].running_var.fill_(value**2)
         student[1].num_batches_tracked += 1
         tau = ema_decay(n, 0.7)
-        update_teacher(teacher, student, tau)
+        update_teacher(M.float_tensors(teacher), M.float_tensors(student), tau)
         new = torch.tensor([value, 10 * value, value**2])
         expected = new if n == 0 else tau * expected + (1 - tau) * new  # the first update is a copy
         averaged = torch.cat([teacher[0].weight[0], teacher[1].running_mean, teacher[1].running_var])
@@ -370,8 +375,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full,
     else:  # a test that runs as root may write everywhere
         monkeypatch.setattr(M.os, "fsync", refuse)
     try:
-        kept = "the one before is kept" if before else "there was none before"
-        says = rf"last\.pth could not be written \(.+\), {kept}; make room, then use --resume"
+        kept = "the one before is kept, " if before else ""
+        says = rf"last\.pth could not be written \(.+\): {kept}make room, then use --resume"
         one_sentence(lambda: M.save_checkpoint(checkpoint(step=2), last), says)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -423,4 +428,5 @@ def test_without_torchrun_there_is_one_process_and_a_gpu_is_only_asked_for_where
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     one_sentence(lambda: M.start_processes("auto"), "process 1 has no GPU of its own; start at most 1")

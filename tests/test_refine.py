@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from refine import bilateral, confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
+from refine import confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +23,8 @@ def random_prob(batch=2, classes=4, height=6, width=5, seed=0):
     return (2 * logits).softmax(1)
 
 
-def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None, guide=None, sigma=0.1):
-    """Eqs. 7-10 and 14-16 as the paper says them, one pixel and class at a time; the guide's share of beta as ours."""
+def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None):
+    """Eqs. 7-10 and 14-16 as the paper says them, one pixel and class at a time."""
     batch, classes, height, width = prob.shape
     out = prob.clone()
     for b, c, y, x in itertools.product(*map(range, prob.shape)):
@@ -35,9 +35,6 @@ def refine_pixel_by_pixel(prob, grid, neighbors, select, prior=None, guide=None,
             for dy, dx, beta in left:
                 q = prob[b, c, y + dy, x + dx].item()
                 joint = p * q if prior is None else max(p * q, p * prior[c].item())
-                if guide is not None:
-                    apart = math.dist(guide[b, :, y, x].tolist(), guide[b, :, y + dy, x + dx].tolist())
-                    beta = beta * math.exp(-(apart**2) / (2 * sigma**2))
                 unions.append(p + beta * (q - joint))
             if not unions:
                 break
@@ -75,44 +72,6 @@ def test_refinement_equals_a_plain_loop_over_pixels(neighborhood, select, neighb
             fast = refine(prob, neighborhood, neighbors, select, prior, weight, dilation)
             slow = refine_pixel_by_pixel(prob, offsets(neighborhood, dilation, weight), neighbors, select, prior)
             torch.testing.assert_close(fast, slow)
-
-
-@pytest.mark.parametrize("select", ["max", "min"])
-@pytest.mark.parametrize("neighbors", [1, 2])
-def test_a_guide_weakens_the_neighbors_that_look_different(select, neighbors):
-    prob, guide = random_prob(), torch.rand(2, 3, 6, 5, generator=torch.Generator().manual_seed(1))
-    for dilation, sigma in ((1, 0.1), (2, 0.4)):
-        fast = refine(prob, 3, neighbors, select, dilation=dilation, guide=guide, guide_sigma=sigma)
-        slow = refine_pixel_by_pixel(prob, offsets(3, dilation), neighbors, select, None, guide, sigma)
-        torch.testing.assert_close(fast, slow)
-    assert torch.equal(refine(prob, 3, neighbors, select, guide=torch.ones(2, 3, 6, 5)), refine(prob, 3, neighbors, select))
-    edge = torch.zeros(2, 1, 6, 5)
-    edge[..., 2:] = 1  # the two sides of an edge are no context of one another
-    apart = torch.cat([refine(part, 3, neighbors, "max") for part in (prob[..., :2], prob[..., 2:])], -1)
-    torch.testing.assert_close(refine(prob, 3, neighbors, "max", guide=edge), apart)
-
-
-def test_the_bilateral_filter_equals_a_plain_loop_and_leaves_padding_out():
-    prob, generator = random_prob(2, 3, 19, 25), torch.Generator().manual_seed(0)
-    images = torch.randint(96, 128, (2, 3, 19, 25), dtype=torch.uint8, generator=generator)
-    valid = torch.ones(2, 19, 25, dtype=torch.bool)
-    valid[1, :, 20:] = False
-    found = bilateral(prob, images, valid)
-    for b, y, x in itertools.product(range(2), range(19), range(25)):
-        mean = {}  # the 3x3 means of the colors, of the pixels that the grid reaches
-        for j, i in itertools.product(range(y % 8, 19, 8), range(x % 8, 25, 8)):
-            around = images[b, :, max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2].double().flatten(1) / 255
-            if abs(j - y) <= 24 and abs(i - x) <= 24 and (valid[b, j, i] == valid[b, y, x]):
-                mean[j, i] = around.mean(1)
-        weight = {at: math.exp(-(mean[at] - mean[y, x]).square().sum().item() / (2 * 0.05**2)) for at in mean}
-        if not valid[b, y, x]:
-            continue
-        filtered = sum(weight[at] * prob[b, :, at[0], at[1]] for at in mean) / sum(weight.values())
-        expected = (prob[b, :, y, x] + filtered) / 2
-        torch.testing.assert_close(found[b, :, y, x], expected.float(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.sum(1), torch.ones(2, 19, 25))
-    assert torch.equal(bilateral(prob, images), bilateral(prob, images, torch.ones_like(valid)))
-    assert not torch.allclose(found, prob, atol=0.05)
 
 
 @pytest.mark.parametrize("neighbors", [1, 2])
@@ -316,9 +275,8 @@ def test_functions_leave_their_inputs_as_they_were():
     [
         (lambda p: confidence(p, "gap"), "expected 'margin', 'max' or 'entropy'"),
         (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
-        (lambda p: refine(p, select="best"), "expected 'max', 'min', 'random' or 'mean'"),
+        (lambda p: refine(p, select="best"), "expected 'max', 'min' or 'random'"),
         (lambda p: refine(p, neighbors=0), "expected 1 or more"),
-        (lambda p: refine(p, neighbors=2, select="mean"), "with 'mean' 1 and no prior"),
         (lambda p: refine(p, dilation=0), "expected 1 or more"),
         (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),
         (lambda p: refine(p, prior=torch.ones(3)), "expected one number per class"),
@@ -376,7 +334,7 @@ for options in ({}, {"kind": "entropy", "refinement": False}, {"neighbors": 2, "
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"neighbors": 2}, {"select": "min"}, {"select": "mean"}, {"prior": torch.tensor([0.2, 0.5, 0.9])},
+    {}, {"neighbors": 2}, {"select": "min"}, {"prior": torch.tensor([0.2, 0.5, 0.9])},
 ])  # fmt: skip
 def test_padding_is_no_neighbor(options):
     prob, valid = random_prob(1, 3, 6, 6), torch.ones(1, 6, 6, dtype=torch.bool)

@@ -25,7 +25,6 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 import data as D
 import evaluate as E
 import train as T
-from assets import labels, tables
 from data import InputError, open_dataset, palette, read, save_mask
 from model import load_checkpoint, load_network
 from refine import confidence, pseudo_labels, refine
@@ -725,35 +724,3 @@ def trees_with(root, run):
     for id in labeled:
         save_mask(np.zeros((48, 64), np.uint8), root / "masks" / f"{id}.png")
     return root
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# assets/: how results are counted
-
-
-def test_risks_are_those_of_sorted_pixels():
-    rng = np.random.default_rng(0)
-    counts = torch.zeros(1, 2, 50)  # wrong and right pixels by uncertainty, one pixel each
-    wrong = rng.random(50) < np.linspace(0.1, 0.8, 50)
-    counts[0, 1 - wrong.astype(int), np.arange(50)] = 1
-    area, *errors = labels.risks(counts)[0].tolist()
-    error = [wrong[:n].mean() for n in range(1, 51)]
-    assert errors == pytest.approx([100 * error[n - 1] for n in (10, 20, 30, 40, 45, 50)])
-    assert area == pytest.approx(100 * np.mean([(a + b) / 2 for a, b in zip([0, *error], error)]))
-
-
-def test_intervals_are_those_of_paired_images_and_seeds():
-    bins, kept = ({way: torch.zeros(8, *shape) for way in ("raw", "better")} for shape in ((2, 2, 2**13), (3 + 3 * 2,)))
-    for image in range(8):
-        bins["raw"][image, 0, :, 5] = torch.tensor([3.0 + image, 7.0])  # wrong, right: not the same in every image
-        bins["better"][image, 0, :, 5] = torch.tensor([2.0 + image, 8.0])
-        for way in kept:
-            kept[way][image] = torch.tensor([10.0, 8, 4, 6, 4, 5, 3, 4, 2])
-    report = labels.summarize(bins, kept)
-    raw, change, low, high = report["better"]["error at 100"]
-    assert raw == pytest.approx(100 * 44 / 108, abs=1e-3) and change == pytest.approx(-100 * 8 / 108, abs=1e-3)
-    assert low <= change <= high < 0 and high - low < 2  # paired: the images themselves differ by far more
-    assert report["raw"]["mean recall"][0] == pytest.approx(100 * (4 / 6 + 2 / 4) / 2, abs=1e-3)
-    assert report["raw"]["largest class"][0] == pytest.approx(100 * 5 / 8, abs=1e-3)
-    assert tables.difference({0: 3.0, 1: 5.0, 2: 7.0}, {0: 1.0, 1: 4.0, 2: 4.0, 3: 9.0}) == "+2.00 ± 2.48"
-    assert tables.difference({0: 3.0}, {0: 1.0}) == "+2.00 (1 seed)" and tables.difference({}, {0: 1.0}) == ""

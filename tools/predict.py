@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as VF
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import READABLE, InputError, files, open_image, save_mask  # noqa: E402
-from evaluate import CONTEXTS, Protocol, image_threshold, label_options, number, overlay, predict  # noqa: E402
+from evaluate import Protocol, image_threshold, label_options, number, overlay, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
 from model import load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, pseudo_labels  # noqa: E402
@@ -51,15 +51,13 @@ def parse_args(argv=None):
     add("--crop", type=number(int, 1), help=f"side of the windows, pixels; default: {LARGE}, or as in the run")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
-    add("--context", choices=CONTEXTS, help="of --refine and --pseudo-labels; default: the run's")
+    add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
     add("--student", action="store_true", help="the student instead of the teacher")
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     args = parser.parse_args(argv)
     if args.threshold is not None and not args.pseudo_labels:
         parser.error("--threshold says which pixels get a pseudo-label; expected --pseudo-labels beside it")
-    if args.context and not (args.refine or args.pseudo_labels):
-        parser.error("--context says how to refine; expected --refine or --pseudo-labels beside it")
     if args.refine and args.pseudo_labels:
         parser.error("--pseudo-labels refines as the run did; expected it without --refine")
     return args
@@ -80,7 +78,6 @@ def main(args):
     network = load_network(checkpoint, "student" if args.student else "teacher")
     network = network.to(device, memory_format=torch.channels_last)
     at_inference = refinement_options(run, prior) if args.refine else None
-    context = (args.context or run["context"]) if args.refine or args.pseudo_labels else "paper"
     options, crop = label_options(run, prior), args.crop or (run["crop"] if args.eval_mode else LARGE)
 
     mine = list(paths.items())[rank::world]
@@ -93,7 +90,7 @@ def main(args):
             unreadable += 1
             continue
         eval_mode = args.eval_mode or ("sliding" if max(image.shape[-2:]) > LARGE else "original")
-        prob = predict(network, image.to(device), Protocol(eval_mode, crop, args.tta, at_inference, context))
+        prob = predict(network, image.to(device), Protocol(eval_mode, crop, args.tta, at_inference, args.bilateral))
         label = prob.argmax(1)  # (1,H,W)
         if args.pseudo_labels:
             options["threshold"] = image_threshold(prob, run) if args.threshold is None else args.threshold

@@ -43,11 +43,10 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
     classes, kind, options = len(data.classes), run["confidence"], refinement_options(run, prior)
     labels = torch.zeros(2, classes * 4, dtype=torch.long, device=device)
     bins = torch.zeros(2, 4 * BINS, dtype=torch.long, device=device)
-    protocol = Protocol(run["eval_mode"], run["crop"], context=run["context"])
-    for image, truth in evaluation_loader(data, items, 0, rank, world):
-        truth = truth.to(device)
+    protocol = Protocol(run["eval_mode"], run["crop"])
+    for image, truth in evaluation_loader(data, items, device, 0, rank, world):
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
-        prob = predict(network, image.to(device), protocol)
+        prob = predict(network, image, protocol)
         threshold = image_threshold(prob, run)
         for i, p in enumerate((prob, refine(prob, **options))):
             label, conf = p.argmax(1), confidence(p, kind)
