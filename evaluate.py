@@ -9,6 +9,7 @@ The dataset, the classes, the network and the protocol are those that the checkp
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -56,15 +57,13 @@ def probabilities(network, image, protocol):
     """softmax(network(image)): (1,3,H,W), normalized -> (1,C,H,W); the mean of it where windows overlap."""
     if protocol.eval_mode != "sliding":
         return network(image).softmax(1)
-    crop, total, covered = protocol.crop, None, image.new_zeros(image.shape[-2:])
-    for top in windows(image.shape[-2], crop):
-        for left in windows(image.shape[-1], crop):
-            view = (..., slice(top, top + crop), slice(left, left + crop))
-            prob = network(image[view]).softmax(1)
-            if total is None:
-                total = prob.new_zeros(*prob.shape[:2], *image.shape[-2:])
-            total[view] += prob
-            covered[view] += 1
+    (height, width), crop, total, covered = image.shape[-2:], protocol.crop, None, image.new_zeros(image.shape[-2:])
+    for top, left in itertools.product(windows(height, crop), windows(width, crop)):
+        view = (..., slice(top, top + crop), slice(left, left + crop))
+        prob = network(image[view]).softmax(1)
+        total = prob.new_zeros(1, prob.shape[1], height, width) if total is None else total
+        total[view] += prob
+        covered[view] += 1
     return total / covered
 
 
@@ -78,12 +77,11 @@ def bilateral(prob, images):
     (height, width), reach, sigma = prob.shape[-2:], 24, 0.05
     probs, others = F.pad(prob, [reach] * 4), F.pad(colors, [reach] * 4, value=99)  # 99: outside the image, weight 0
     total, weights = torch.zeros_like(prob), torch.zeros_like(prob[:, :1])
-    for top in range(0, 2 * reach + 1, 8):
-        for left in range(0, 2 * reach + 1, 8):
-            view = (..., slice(top, top + height), slice(left, left + width))
-            weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
-            total.addcmul_(probs[view], weight)
-            weights += weight
+    for top, left in itertools.product(range(0, 2 * reach + 1, 8), repeat=2):
+        view = (..., slice(top, top + height), slice(left, left + width))
+        weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
+        total.addcmul_(probs[view], weight)
+        weights += weight
     return (prob + total / weights) / 2
 
 
@@ -178,21 +176,18 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=
         raise InputError("no pixel of the images to score has a label; expected class indices, not only 255")
     iou, miou = intersection_over_union(confusion, data.classes)
     boundary_iou, boundary_miou = intersection_over_union(boundaries, data.classes)
-    accuracy = (100 * confusion.diag().sum() / confusion.sum()).item()
-    scores = {"miou": miou, "boundary_miou": boundary_miou, "pixel_accuracy": accuracy}
-    return scores | {"iou": iou, "boundary_iou": boundary_iou}
+    scores = {"miou": miou, "boundary_miou": boundary_miou, "iou": iou, "boundary_iou": boundary_iou}
+    return scores | {"pixel_accuracy": (100 * confusion.diag().sum() / confusion.sum()).item()}
 
 
 def table(scores):
     """The scores as lines of text: IoU, and IoU at boundaries."""
-    rows = [(name, value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()]
-    rows.append(("mIoU", scores["miou"], scores["boundary_miou"]))
-    width = max(len(name) for name, *_ in rows)
-    shown = [f"{'':{width}}       IoU  boundary"]
-    for name, *values in rows:
-        numbers = ("absent" if value is None else f"{value:.2f}" for value in values)
-        shown.append(f"{name:{width}}" + "".join(f"{text:>10}" for text in numbers))
-    return "\n".join([*shown, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
+    rows = {name: (value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()}
+    rows["mIoU"], width = (scores["miou"], scores["boundary_miou"]), max(map(len, [*rows, "mIoU"]))
+    lines = [f"{'':{width}}       IoU  boundary"]
+    for name, values in rows.items():
+        lines.append(f"{name:{width}}" + "".join(f"{'absent' if v is None else f'{v:.2f}':>10}" for v in values))
+    return "\n".join([*lines, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,10 +213,10 @@ def label_counts(prob, pseudo, truth, valid, options):
     prob: what `pseudo` was decided from; raw: the labels without refinement, at the same threshold.
     """
     raw = pseudo_labels(prob, None, valid=valid, **options | {"refinement": False, "threshold": pseudo.threshold})
-    known, counts = truth != IGNORE, [valid.sum(), (truth != IGNORE).sum()]
-    for labels in (raw, pseudo):
-        counts += [labels.keep.sum(), (labels.keep & known).sum(), (labels.keep & (labels.label == truth)).sum()]
-    return torch.stack(counts)
+    known, masks = truth != IGNORE, [valid, truth != IGNORE]
+    for keep, label in ((raw.keep, raw.label), (pseudo.keep, pseudo.label)):
+        masks += [keep, keep & known, keep & (label == truth)]
+    return torch.stack([mask.sum() for mask in masks])
 
 
 def label_figures(counts):
