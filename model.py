@@ -1,6 +1,6 @@
 """DeepLabv3+ (Chen et al., 2018b) on torchvision's encoders, its moving-average teacher, checkpoints and processes.
 
-    student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
+    student = DeepLabV3Plus("resnet101", num_classes=21, weights="pretrained")
     logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
     teacher = copy.deepcopy(student).eval()
     averaged = float_tensors(teacher), float_tensors(student)
@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import Conv2dNormActivation
 
 from data import MEAN, STD, InputError
@@ -36,7 +37,7 @@ from data import MEAN, STD, InputError
 class Encoder(NamedTuple):
     """What DeepLabv3+ needs to know of a torchvision network: the stages that it reads, with their channels."""
 
-    shallow: str  # the last stage at stride 4
+    shallow: str  # the last stage at stride 4, or an early block of a transformer
     shallow_channels: int
     deep: str  # the last stage of all
     deep_channels: int
@@ -49,38 +50,108 @@ ENCODERS = {
     "resnet18": Encoder("layer1", 64, "layer4", 512),
     "resnet50": Encoder("layer1", 256, "layer4", 2048),
     "resnet101": Encoder("layer1", 256, "layer4", 2048),
+    "dinov2_vits14": Encoder("encoder_layer_2", 384, "encoder_layer_11", 384),  # the blocks of [UniMatch V2]
+    "dinov2_vitb14": Encoder("encoder_layer_2", 768, "encoder_layer_11", 768),
 }
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et al., 2018b
 
 
+class Stages(nn.Sequential):
+    """Modules one after the other: x -> (what the one named `shallow` returns, what the last returns)."""
+
+    def __init__(self, stages, shallow):
+        super().__init__(OrderedDict(stages))
+        self.shallow = shallow
+
+    def forward(self, x):
+        for name, stage in self.named_children():
+            x = stage(x)
+            if name == self.shallow:
+                shallow = x
+        return shallow, x
+
+
+class DINOv2(VisionTransformer):
+    """DINOv2 with patches of 14 pixels (Oquab et al., 2023): images (B,3,H,W) -> (B,C,H/4,W/4), (B,C,H/14,W/14).
+
+    Images of any size are enlarged to whole patches. Attention compares all of them: 5,476 of 1,024 x 1,024 pixels.
+    """
+
+    def __init__(self, shallow, channels):
+        super().__init__(518, 14, 12, channels // 64, channels, 4 * channels)
+        self.heads = nn.Identity()  # else parameters without a gradient
+        self.encoder.layers = Stages(self.encoder.layers.named_children(), shallow)
+
+    def forward(self, images):
+        rows, columns = (-(-side // 14) for side in images.shape[-2:])
+        x = self.conv_proj(F.interpolate(images, (14 * rows, 14 * columns), mode="bilinear")).flatten(2).mT  # (B,N,C)
+        first, grid = self.encoder.pos_embedding.split([1, 37 * 37], 1)
+        if (rows, columns) != (37, 37):
+            scales = [(side + 0.1) / 37 for side in (rows, columns)]  # authors' code: interpolate_offset
+            grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=scales, mode="bicubic").flatten(2).mT
+        x = torch.cat([(self.class_token + first).expand(len(x), -1, -1), x + grid], 1)
+        shallow, deep = (self.encoder.ln(x)[:, 1:].mT.unflatten(2, (rows, columns)) for x in self.encoder.layers(x))
+        return F.interpolate(shallow, [-(-side // 4) for side in images.shape[-2:]], mode="bilinear"), deep
+
+
+def convert_dinov2(state):
+    """DINOv2's published state dict as that of `DINOv2`. LayerScale: gamma * (W x + b) = (gamma W) x + gamma b."""
+    state = {name: value for name, value in state.items() if name != "mask_token"}  # only for pretraining
+    for name in [name for name in state if name.endswith(".gamma")]:
+        gamma, before = state.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{before}.weight"] = gamma[:, None] * state[f"{before}.weight"]
+        state[f"{before}.bias"] = gamma * state[f"{before}.bias"]
+    names = {
+        "blocks.": "encoder.layers.encoder_layer_", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.", "norm.": "encoder.ln.",
+        ".attn.qkv.": ".self_attention.in_proj_", ".attn.proj.": ".self_attention.out_proj.", ".fc1.": ".0.",
+        ".fc2.": ".3.", "cls_": "class_", "pos_embed": "encoder.pos_embedding", "patch_embed.proj": "conv_proj",
+    }  # fmt: skip
+    for theirs, ours in names.items():
+        state = {name.replace(theirs, ours): value for name, value in state.items()}
+    return state
+
+
 def _reason(error):
-    """torch.load's error in few words; its own run over lines and advise to trust the file."""
+    """The error in one line: torch.load's own advise to trust the file, load_state_dict's list every tensor."""
     if isinstance(error, pickle.UnpicklingError):
         return "it is not a torch.save file, or holds more than tensors and plain values"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    first, *misfits = (str(error) or type(error).__name__).splitlines()
+    if first.startswith("Error(s) in loading"):  # then a line for each kind of misfit, or for each size
+        return "; ".join(line.strip("\t. ").split(', "')[0] for line in misfits[:2])
+    return first
 
 
-def encoder(name, weights="none"):
-    """The stages of a torchvision network up to its deepest features, as an nn.Sequential under their own names.
+def encoder(name, weights="none", output_stride=16):
+    """An encoder of ENCODERS: images (B,3,H,W) -> (shallow, deep), features at stride 4 and the deepest ones.
 
-    weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none", or a file that holds the state dict of
-    the whole torchvision network. Raises InputError where there are none, or they do not fit.
+    weights: "pretrained" or "imagenet" (torchvision's IMAGENET1K_V1, or DINOv2's own, downloaded once), "none", or a
+    file that holds that state dict. Raises InputError where there are none, or they do not fit.
     """
-    net = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
+    about, transformer = ENCODERS[name], name.startswith("dinov2")
+    if transformer:
+        net = features = DINOv2(about.shallow, about.deep_channels)
+    else:
+        net = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
+        stages = list((net.features if hasattr(net, "features") else net).named_children())
+        stages = stages[: [stage for stage, _ in stages].index(about.deep) + 1]
+        replace_stride_with_dilation([stage for _, stage in stages], output_stride)
+        features = Stages(stages, about.shallow)
     try:
-        if weights == "imagenet":
-            net.load_state_dict(torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict())
+        if weights not in ("pretrained", "imagenet", "none"):
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        elif transformer and weights != "none":
+            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         elif weights != "none":
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict()
+        if weights != "none":
+            net.load_state_dict(convert_dinov2(state) if transformer else state)
     except Exception as error:  # no network, no file, another network's weights, or no weights at all
-        reason = _reason(error)
         raise InputError(
-            f"--weights {weights} could not be loaded into torchvision's {name} ({reason}); expected imagenet (needs a "
-            "network the first time), none, or a file with its state dict"
+            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
+            f"network the first time), none, or a file with {'DINOv2' if transformer else 'torchvision'}'s state dict"
         ) from error
-    stages = list((net.features if hasattr(net, "features") else net).named_children())
-    names = [stage for stage, _ in stages]
-    return nn.Sequential(OrderedDict(stages[: names.index(ENCODERS[name].deep) + 1]))
+    return features
 
 
 def replace_stride_with_dilation(stages, output_stride):
@@ -105,32 +176,27 @@ def replace_stride_with_dilation(stages, output_stride):
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
-    backbone: one of ENCODERS; output_stride 16 or 8; weights: see `encoder`.
-    drop (B,C): multiplies the channels of the deepest features [UniMatch V2].
+    backbone: one of ENCODERS; output_stride 16 or 8, not for DINOv2; weights: see `encoder`.
     forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4, where they
     are decided. In training mode B must be at least 2, for ASPP's image pooling has BatchNorm on one pixel per image.
+    drop (B,deep_channels): multiplies the channels of the deepest features [UniMatch V2].
     """
 
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
         super().__init__()
-        self.shallow, shallow_channels, _, deep_channels, width = ENCODERS[backbone]
-        self.deep_channels = deep_channels
-        self.backbone = encoder(backbone, weights)
-        replace_stride_with_dilation(self.backbone, output_stride)
-        self.aspp = ASPP(deep_channels, ATROUS_RATES[output_stride], width)
+        _, shallow_channels, _, self.deep_channels, width = ENCODERS[backbone]
+        self.backbone = encoder(backbone, weights, output_stride)
+        self.aspp = ASPP(self.deep_channels, ATROUS_RATES[output_stride], width)
         self.low_level = Conv2dNormActivation(shallow_channels, 48, kernel_size=1)
         self.decoder = nn.Sequential(Conv2dNormActivation(width + 48, width), Conv2dNormActivation(width, width))
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, images, drop=None):
-        x = images
-        for name, stage in self.backbone.named_children():
-            x = stage(x)
-            if name == self.shallow:
-                low = self.low_level(x)  # (B,48,H/4,W/4)
+        shallow, deep = self.backbone(images)
         if drop is not None:
-            x = x * drop[:, :, None, None]
-        context = F.interpolate(self.aspp(x), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
+            deep = deep * drop[:, :, None, None]
+        low = self.low_level(shallow)  # (B,48,H/4,W/4)
+        context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
         # float32, because bfloat16 would tie the margins; contiguous, because refine.py goes from class to class.
         return F.interpolate(logits.float().contiguous(), size=images.shape[-2:], mode="bilinear")

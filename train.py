@@ -42,7 +42,7 @@ SIZES = {  # of runs on photographs [ours]; the GPU's are untuned
     "cuda": dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8),
 }
 PHOTOGRAPHS = dict(  # [ours]
-    weights="imagenet", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
+    weights="pretrained", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
     eval_mode="original",
 )  # fmt: skip
 PRESETS = {
@@ -56,24 +56,25 @@ PRESETS = {
     "folder": PHOTOGRAPHS | dict(labeled="all", lr=0.0001, head_lr=0.001),
     "pascal": dict(
         # Appendix D; 1/4 is the partition of Sec. 4.3 [paper]
-        labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, optimizer="sgd",
+        labeled="366", crop=513, backbone="resnet101", weights="pretrained", epochs=80, batch_size=3, optimizer="sgd",
         lr=0.001, head_lr=0.01, weight_decay=1e-4, sup_loss="ce",
         warmup_epochs=1,  # [authors' code]
         workers=4, log_every=20, eval_mode="original",  # [ours]
     ),
     "cityscapes": dict(
-        labeled="744", crop=769, backbone="resnet101", weights="imagenet", epochs=80, batch_size=2, optimizer="sgd",
+        labeled="744", crop=769, backbone="resnet101", weights="pretrained", epochs=80, batch_size=2, optimizer="sgd",
         lr=0.01, head_lr=0.01, weight_decay=5e-4,  # Appendix D [paper]
         warmup_epochs=1,  # [authors' code]
         eval_mode="sliding", sup_loss="ohem",  # [common practice]
         workers=4, log_every=20,  # [ours]
     ),
 }  # fmt: skip
+DINOV2 = dict(optimizer="adamw", lr=5e-6, head_lr=2e-4, weight_decay=0.01)  # whatever the dataset [UniMatch V2]
 STRONG_VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # of an unlabeled image
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
 MAY_CHANGE = set(  # from one --resume to the next; `find_checkpoint` allows a little more
     "resume out root splits workers device log_every eval_every eval_steps save_every compile tensorboard labeled "
-    "batch_size processes".split()
+    "batch_size processes weights".split()
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -508,6 +509,7 @@ def not_finite(what, out):
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
     preset = PRESETS[args.dataset] | (SIZES[device.type] if args.dataset in ("camvid", "folder") else {})
+    preset |= DINOV2 if (args.backbone or "").startswith("dinov2") else {}
     for pair in ({"epochs", "iters"}, {"warmup_epochs", "warmup_iters"}):
         if any(getattr(args, name) is not None for name in pair):
             preset = {name: value for name, value in preset.items() if name not in pair}
@@ -522,6 +524,7 @@ def fill_presets(args, device):
 def parse_args(argv=None):
     """The command line. What is None here takes the preset of the dataset."""
     presets = PRESETS | {f"camvid, folder on {device}": sizes for device, sizes in SIZES.items()}
+    presets["dinov2_vits14, dinov2_vitb14 [UniMatch V2]"] = DINOV2
     lines = [": ".join((name, ", ".join(f"{key} {value}" for key, value in presets[name].items()))) for name in presets]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -567,9 +570,10 @@ def parse_args(argv=None):
     add("--warmup-iters", type=number(int, 0), help="the same in steps, in place of --warmup-epochs [preset]")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=ENCODERS, help="torchvision's encoder; resnet10 is for CPUs [preset]")
-    add("--weights", help="imagenet, none, or a file with torchvision's state dict [preset]")
-    add("--output-stride", type=int, choices=(16, 8), default=16, help="default 16; 8, for more memory [authors' code]")
+    add("--backbone", choices=ENCODERS, help="torchvision's encoder, or DINOv2; resnet10 is for CPUs [preset]")
+    add("--weights", type=lambda word: "pretrained" if word == "imagenet" else word,
+        help="pretrained, none, or a file with the state dict that torchvision or DINOv2 publishes [preset]")
+    add("--output-stride", type=int, choices=(16, 8), help="default 16; 8, for more memory [authors' code]")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--epochs", type=natural, help="passes over the unlabeled images; supervised: the labeled, 1,000 steps or more "
@@ -601,6 +605,9 @@ def parse_args(argv=None):
         parser.error("--epochs and --iters are the same length, as are their --warmup-...; expected one of them")
     if args.prior and args.dilation > 1:
         parser.error("--prior is counted over adjacent pixels; expected --dilation 1 with it")
+    if args.output_stride and (args.backbone or "").startswith("dinov2"):
+        parser.error(f"--output-stride has no meaning for {args.backbone}, whose patches have 14 pixels; leave it out")
+    args.output_stride = args.output_stride or 16
     return args
 
 

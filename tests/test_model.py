@@ -1,38 +1,61 @@
-"""model.py: sizes, strides, weights from files, the moving average, checkpoints."""
+"""model.py: sizes, strides, DINOv2, weights from files, the moving average, checkpoints."""
 
 import copy
+import math
+import os
 import pickle
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torchvision.models import mobilenet_v2, resnet18, resnet50
+from trees import camvid
 
 import model as M
+import train as T
 from data import InputError
 from model import ENCODERS, DeepLabV3Plus, ema_decay, encoder, replace_stride_with_dilation, update_teacher
+from tools import predict
 
 
-def features(network, image):
+DINOV2 = ("dinov2_vits14", "dinov2_vitb14")
+
+
+def features(network, image, drop=None):
     """Runs a network in evaluation mode: (shallow features, deep features, ASPP's output, logits)."""
     seen = {}
     network.low_level.register_forward_hook(lambda module, inputs, out: seen.update(shallow=inputs[0]))
     network.aspp.register_forward_hook(lambda module, inputs, out: seen.update(deep=inputs[0], context=out))
     with torch.no_grad():
-        logits = network.eval()(image)
+        logits = network.eval()(image, drop)
     return seen["shallow"], seen["deep"], seen["context"], logits
 
 
-@pytest.mark.parametrize("backbone", ENCODERS)
 @pytest.mark.parametrize("output_stride, rates", [(16, (6, 12, 18)), (8, (12, 24, 36))])
+@pytest.mark.parametrize("backbone", ENCODERS)
 def test_logits_have_the_size_of_the_image_and_features_the_stride(backbone, output_stride, rates):
     network, about = DeepLabV3Plus(backbone, 5, output_stride), ENCODERS[backbone]
     shallow, deep, context, logits = features(network, torch.zeros(1, 3, 65, 97))
-    grid = (-(-65 // output_stride), -(-97 // output_stride))
-    assert shallow.shape == (1, about.shallow_channels, 17, 25) and deep.shape == (1, about.deep_channels, *grid)
+    stride = 14 if backbone in DINOV2 else output_stride
+    grid = (-(-65 // stride), -(-97 // stride))
+    assert shallow.shape == (1, about.shallow_channels, 17, 25) and deep.shape == (1, network.deep_channels, *grid)
     assert context.shape == (1, about.width, *grid) and logits.shape == (1, 5, 65, 97)
     assert tuple(branch[0].dilation[0] for branch in network.aspp.convs[1:4]) == rates
+
+
+@pytest.mark.parametrize("backbone", ["resnet10", "dinov2_vits14"])
+def test_drop_multiplies_the_channels_of_the_deepest_features_and_nothing_else(backbone):
+    network, image = DeepLabV3Plus(backbone, 3).eval(), torch.rand(2, 3, 42, 42)
+    drop = torch.rand(2, network.deep_channels)
+    shallow, deep, _, plain = features(network, image)
+    seen = features(network, image, drop)
+    assert torch.equal(seen[0], shallow) and not torch.equal(seen[3], plain)
+    torch.testing.assert_close(seen[1], deep * drop.view(2, -1, 1, 1))
 
 
 def test_mobilenet_is_read_at_24_channels_of_stride_4_and_320_of_stride_16():
@@ -105,20 +128,37 @@ def test_weights_that_do_not_fit_get_one_sentence_and_run_no_code(tmp_path, caps
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty.pth").touch()
-    for file in ("other.pth", "evil.pth", "text.pth", "empty.pth", "nowhere.pth"):
-        says = rf"--weights \S+{file} could not be loaded into torchvision's resnet18 \(.+\); expected imagenet"
-        one_sentence(lambda: encoder("resnet18", str(tmp_path / file)), says)
-    one_sentence(lambda: encoder("resnet10", "imagenet"), "--weights imagenet could not be loaded into .* resnet10")
+    for name in ("resnet18", "dinov2_vits14"):
+        for file in ("other.pth", "evil.pth", "text.pth", "empty.pth", "nowhere.pth"):
+            says = rf"--weights \S+{file} could not be loaded into {name} \(.+\); expected pretrained .* or a file"
+            one_sentence(lambda: encoder(name, str(tmp_path / file)), says)
+    one_sentence(lambda: encoder("resnet10", "pretrained"), "--weights pretrained could not be loaded into resnet10")
     assert "must not run" not in capsys.readouterr().out
 
 
-def test_without_a_network_the_imagenet_weights_get_one_sentence(monkeypatch):
+@pytest.mark.parametrize("name, change, says", [
+    ("mobilenet_v2", lambda state: {"state_dict": state},
+     r'Missing key\(s\) in state_dict: "features.0.0.weight"; Unexpected key\(s\) in state_dict: "state_dict"\);'),
+    ("mobilenet_v2", lambda state: state | {"classifier.1.bias": torch.zeros(21)},
+     r"size mismatch for classifier.1.bias: .* torch.Size\(\[21\]\) from checkpoint, .* torch.Size\(\[1000\]\)\);"),
+    ("dinov2_vits14", lambda state: state | {"register_tokens": torch.zeros(1, 4, 384)},
+     r'\(Unexpected key\(s\) in state_dict: "register_tokens"\);'),
+    ("dinov2_vits14", lambda state: published("dinov2_vitb14"), r"\(size mismatch for class_token: .*"),
+])  # fmt: skip
+def test_weights_of_another_network_are_told_by_the_first_tensor_that_does_not_fit(tmp_path, name, change, says):
+    torch.save(change(published(name) if name in DINOV2 else mobilenet_v2().state_dict()), tmp_path / "other.pth")
+    one_sentence(lambda: encoder(name, str(tmp_path / "other.pth")), says)
+
+
+@pytest.mark.parametrize("name, whose", [("resnet18", "torchvision"), ("dinov2_vits14", "DINOv2")])
+def test_without_a_network_pretrained_weights_get_one_sentence(monkeypatch, name, whose):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    says = r"resnet18 \(no route to host\); .*needs a network the first time"
-    one_sentence(lambda: encoder("resnet18", "imagenet"), says)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    says = rf"{name} \(no route to host\); .*needs a network the first time\), .* a file with {whose}'s state dict"
+    one_sentence(lambda: encoder(name, "pretrained"), says)
 
 
 def test_another_encoder_needs_one_row(monkeypatch):
@@ -127,6 +167,148 @@ def test_another_encoder_needs_one_row(monkeypatch):
     for name in ("resnet34", "mobilenet_v3_large"):
         shallow, deep, _, logits = features(DeepLabV3Plus(name, 3), torch.zeros(1, 3, 64, 96))
         assert shallow.shape[-2:] == (16, 24) and deep.shape[-2:] == (4, 6) and logits.shape == (1, 3, 64, 96)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DINOv2
+
+
+def published(name, blocks=12):
+    """A random state dict with the names and shapes of the published one."""
+    c = ENCODERS[name].deep_channels
+    shapes = {"cls_token": (1, 1, c), "pos_embed": (1, 1370, c), "mask_token": (1, c), "norm.weight": (c,)}
+    shapes |= {"norm.bias": (c,), "patch_embed.proj.weight": (c, 3, 14, 14), "patch_embed.proj.bias": (c,)}
+    for i in range(blocks):
+        sizes = {"norm1": (c,), "attn.qkv": (3 * c, c), "attn.proj": (c, c), "norm2": (c,), "mlp.fc1": (4 * c, c)}
+        for layer, size in (sizes | {"mlp.fc2": (c, 4 * c)}).items():
+            shapes |= {f"blocks.{i}.{layer}.weight": size, f"blocks.{i}.{layer}.bias": size[:1]}
+        shapes |= {f"blocks.{i}.ls1.gamma": (c,), f"blocks.{i}.ls2.gamma": (c,)}
+    torch.manual_seed(0)
+    return {name: torch.randn(shape) * (0.05 if len(shape) > 1 else 1) for name, shape in shapes.items()}
+
+
+def keep_one_block(network):
+    network.encoder.layers = M.Stages([*network.encoder.layers.named_children()][:1], "encoder_layer_0")
+
+
+def bicubic(count, a=-0.75):
+    """(count,37) weights of the 37 positions of a side, as many as the authors' offset of 0.1 makes of them."""
+    weights = torch.zeros(count, 37, dtype=torch.double)
+    for i in range(count):
+        center = (i + 0.5) * 37 / (count + 0.1) - 0.5
+        for k in range(math.floor(center) - 1, math.floor(center) + 3):
+            d = abs(center - k)
+            near, far = ((a + 2) * d - a - 3) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+            weights[i, min(max(k, 0), 36)] += near if d <= 1 else far
+    return weights
+
+
+def plain_dinov2(state, image, blocks):
+    """[normalized patches (rows,columns,C) after the third block (or the first, of one) and after the last]."""
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(1, keepdim=True)
+        return x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    image = F.interpolate(image, [-(-side // 14) * 14 for side in image.shape[2:]], mode="bilinear")[0]
+    patches = image.unfold(1, 14, 14).unfold(2, 14, 14)  # (3,rows,columns,14,14)
+    x = torch.einsum("krsyx,ckyx->rsc", patches, state["patch_embed.proj.weight"]) + state["patch_embed.proj.bias"]
+    (rows, columns, channels), grid = x.shape, state["pos_embed"][0, 1:].view(37, 37, -1)
+    if (rows, columns) != (37, 37):
+        grid = torch.einsum("rp,sq,pqc->rsc", bicubic(rows), bicubic(columns), grid)
+    x = torch.cat([state["cls_token"][0] + state["pos_embed"][0, :1], (x + grid).flatten(0, 1)])
+    seen = []
+    for block in (f"blocks.{i}." for i in range(blocks)):
+        q, k, v = linear(norm(x, f"{block}norm1"), f"{block}attn.qkv").view(len(x), 3, -1, 64).permute(1, 2, 0, 3)
+        mixed = ((q @ k.mT / 8).softmax(2) @ v).transpose(0, 1).flatten(1)
+        x = x + state[f"{block}ls1.gamma"] * linear(mixed, f"{block}attn.proj")
+        hidden = linear(norm(x, f"{block}norm2"), f"{block}mlp.fc1")
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2  # GELU
+        x = x + state[f"{block}ls2.gamma"] * linear(hidden, f"{block}mlp.fc2")
+        seen.append(norm(x, "norm")[1:].view(rows, columns, channels))
+    return [seen[min(2, blocks - 1)], seen[-1]]
+
+
+@pytest.mark.parametrize("name, size, blocks", [
+    ("dinov2_vits14", (70, 98), 12), ("dinov2_vits14", (65, 40), 12), ("dinov2_vits14", (518, 518), 1),
+    ("dinov2_vitb14", (42, 56), 12),
+])  # fmt: skip
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_dinov2_is_the_plain_loop_over_published_weights_at_any_size(name, size, blocks, mode):
+    state = {name: value.double() for name, value in published(name, blocks).items()}
+    network, image = encoder(name).double().train(mode == "training"), torch.rand(1, 3, *size, dtype=torch.double)
+    if blocks == 1:
+        keep_one_block(network)
+    network.load_state_dict(M.convert_dinov2(state))
+    with torch.no_grad():
+        shallow, deep = network(image)
+    early, last = plain_dinov2(state, image, blocks)
+    assert last.std() > 0.5
+    torch.testing.assert_close(deep[0], last.permute(2, 0, 1), rtol=1e-9, atol=1e-9)
+    early = F.interpolate(early.permute(2, 0, 1)[None], [-(-side // 4) for side in size], mode="bilinear")
+    torch.testing.assert_close(shallow, early, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", DINOV2)
+def test_dinov2_s_weights_come_from_its_authors_or_a_file_of_theirs(tmp_path, monkeypatch, name):
+    asked, state, file = [], published(name), str(tmp_path / "published.pth")
+    torch.save(state, file)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *args, **how: asked.append((args, how)) or state)
+    one, two, three = (encoder(name, weights).state_dict() for weights in ("pretrained", "imagenet", file))
+    assert all(torch.equal(value, two[key]) and torch.equal(value, three[key]) for key, value in one.items())
+    assert torch.equal(one["conv_proj.weight"], state["patch_embed.proj.weight"])
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
+    assert asked == 2 * [((url,), {"map_location": "cpu", "weights_only": True})]
+
+
+def test_dinov2_compiles_as_one_graph_with_the_same_gradients():
+    network, gradients = encoder("dinov2_vits14"), []
+    keep_one_block(network)
+    for run in (network, torch.compile(network, fullgraph=True, backend="aot_eager")):
+        network.zero_grad()
+        sum((feature.square().mean() for feature in run(torch.ones(2, 3, 30, 50))), torch.zeros(())).backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in network.named_parameters()})
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+DINOV2_RUN = (
+    "--dataset camvid --labeled 2 --backbone dinov2_vits14 --weights none --crop 56 --batch-size 2 --warmup-iters 1 "
+    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --framework unimatch"
+)
+
+
+@pytest.mark.slow
+def test_unimatch_with_dinov2_resumes_bit_for_bit_and_predicts_images_of_any_size(tmp_path, monkeypatch):
+    def evaluate(*args, once=[True], evaluate=T.evaluate):
+        return evaluate(*args) if once and once.pop() else exit(1)
+
+    options = f"{DINOV2_RUN} --root {camvid(tmp_path / 'data')}"
+    T.main(T.parse_args(f"{options} --out {tmp_path / 'whole'}".split()))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(T, "evaluate", evaluate)
+        T.main(T.parse_args(f"{options} --out {tmp_path / 'broken'}".split()))
+    assert torch.load(tmp_path / "broken" / "last.pth", weights_only=True)["step"] == 2
+    T.main(T.parse_args(f"{options} --out {tmp_path / 'broken'} --resume".split()))
+    whole, broken = (torch.load(tmp_path / out / "last.pth", weights_only=True) for out in ("whole", "broken"))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(value, broken[part][key]) for key, value in whole[part].items())
+    Image.new("RGB", (91, 47)).save(tmp_path / "data" / "photo.png")
+    last, images = tmp_path / "broken" / "last.pth", tmp_path / "data"
+    predict.main(predict.parse_args(f"{last} --images {images} --masks {tmp_path / 'masks'} --device cpu".split()))
+    assert Image.open(tmp_path / "masks" / "photo.png").size == (91, 47)
+
+
+@pytest.mark.slow
+def test_two_processes_train_dinov2_together(tmp_path):
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {T.__file__} {DINOV2_RUN} "
+    command += f"--root {camvid(tmp_path / 'data')} --out {tmp_path / 'run'}"
+    subprocess.run(command.split(), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saved = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
+    assert saved["step"] == 3 and saved["args"]["processes"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +330,7 @@ def test_the_teacher_is_the_closed_form_of_the_moving_average():
         student[1].running_var.fill_(value**2)
         student[1].num_batches_tracked += 1
         tau = ema_decay(n, 0.7)
-        update_teacher(teacher, student, tau)
+        update_teacher(M.float_tensors(teacher), M.float_tensors(student), tau)
         new = torch.tensor([value, 10 * value, value**2])
         expected = new if n == 0 else tau * expected + (1 - tau) * new  # the first update is a copy
         averaged = torch.cat([teacher[0].weight[0], teacher[1].running_mean, teacher[1].running_var])
@@ -193,8 +375,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, full,
     else:  # a test that runs as root may write everywhere
         monkeypatch.setattr(M.os, "fsync", refuse)
     try:
-        kept = "the one before is kept" if before else "there was none before"
-        says = rf"last\.pth could not be written \(.+\), {kept}; make room, then use --resume"
+        kept = "the one before is kept, " if before else ""
+        says = rf"last\.pth could not be written \(.+\): {kept}make room, then use --resume"
         one_sentence(lambda: M.save_checkpoint(checkpoint(step=2), last), says)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -246,4 +428,5 @@ def test_without_torchrun_there_is_one_process_and_a_gpu_is_only_asked_for_where
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     one_sentence(lambda: M.start_processes("auto"), "process 1 has no GPU of its own; start at most 1")

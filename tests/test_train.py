@@ -693,7 +693,7 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
         cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin", prior=False
     )
     paper |= dict(
-        backbone="resnet101", weights="imagenet", threshold=None, refinement=True, distance_weight=True, sup_loss="ce"
+        backbone="resnet101", weights="pretrained", threshold=None, refinement=True, distance_weight=True, sup_loss="ce"
     )
     paper |= dict(
         dilation=1, unsup_norm="kept", lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None, labeled="92"
@@ -706,6 +706,9 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --sup-loss ohem --lr 0.5")
     assert (args.crop, args.iters, args.epochs, args.warmup_iters, args.warmup_epochs) == (321, 100, None, 5, None)
     assert (args.sup_loss, args.lr, args.head_lr) == ("ohem", 0.5, 0.01)
+    args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
+    assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
+    assert (args.weights, args.output_stride, args.crop) == ("pretrained", 16, 513)
 
 
 @pytest.mark.parametrize("dataset", T.DATASETS)
@@ -732,6 +735,7 @@ def test_help_names_where_defaults_come_from(capsys):
     ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"),
     ("--neighborhood 4", "invalid choice: 4"), ("--crop 16", "16 is out of range; expected at least 32"),
     ("--lr 0", "0 is out of range; expected more than 0"), ("--batch-size 0", "0 is out of range"),
+    ("--backbone dinov2_vits14 --output-stride 16", "--output-stride has no meaning for dinov2_vits14"),
     ("--prior --dilation 2", "--prior is counted over adjacent pixels; expected --dilation 1 with it"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(capsys, options, says):
