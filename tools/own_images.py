@@ -62,15 +62,15 @@ def read_mask(path, by_value):
     image = open_image(path, "L")
     if by_value and image.mode not in VALUES:
         raise InputError(f"mask {path} is a {image.mode} image; expected lines name,r,g,b for its colors")
-    if by_value:
-        stored = np.asarray(image.convert("L") if image.mode == "1" else image)
-        stored = np.nan_to_num(stored.astype(float), nan=NAN) if stored.dtype.kind == "f" else stored
-        found, inverse = np.unique(stored, return_inverse=True)
-        return found[:, None].astype(float), inverse.reshape(stored.shape)
-    packed = np.array(image.convert("RGBA")).view(np.uint32)[..., 0]
-    packed[np.asarray(image.convert("RGBA"))[..., 3] == 0] = 0  # what is fully transparent has no color
-    found, inverse = np.unique(packed, return_inverse=True)
-    return found.view(np.uint8).reshape(-1, 4).astype(float), inverse.reshape(packed.shape)
+    stored = np.array(image.convert("L" if image.mode == "1" else image.mode) if by_value else image.convert("RGBA"))
+    if stored.dtype.kind == "f":
+        stored = np.nan_to_num(stored.astype(float), nan=NAN)
+    elif not by_value:
+        stored[stored[..., 3] == 0] = 0  # what is fully transparent has no color
+        stored = stored.view(np.uint32)[..., 0]
+    found, where = np.unique(stored, return_inverse=True)
+    found = found[:, None] if by_value else found.view(np.uint8).reshape(-1, 4)
+    return found.astype(float), where.reshape(stored.shape)
 
 
 def text(code):
@@ -157,11 +157,11 @@ def explain(root, shown, held):
     """Prints the codes of other masks as lines for classes.csv. Raises InputError with the command that converts."""
     if not 2 <= len(shown) <= CLASSES + 1:
         raise InputError(f"{held}; expected 2 to {CLASSES} classes, each in areas of its own value or color")
-    binary, number = {*shown} <= {(0,), (IGNORE,)}, 0  # these two alone are classes
+    ignored = [code for code in shown if len(code) == 1 and code[0] < 0]  # in GIS: no data
+    ignored += [(IGNORE,)] if {*shown} - {(0,), (IGNORE,)} else []  # these two alone are classes
+    classes = [code for code in shown if code not in ignored]
     for code in shown:
-        name = "transparent" if code == (0,) * 4 else f"class {number}"
-        name = "ignore" if code == (IGNORE,) and not binary or len(code) == 1 and code[0] < 0 else name  # GIS: no data
-        number += name != "ignore"
+        name = "transparent" if code == (0,) * 4 else f"class {classes.index(code)}" if code in classes else "ignore"
         print(f"{name},{text(code)}")
     raise InputError(
         f"{held}; expected PNG files of class indices from 0 on; write the lines above with your names into "
@@ -175,10 +175,9 @@ def list_pairs(place):
         raise InputError(f"{place} lacks images/ or masks/; expected both, masks with the names of their images")
     images, masks = files(place / "images"), files(place / "masks")
     strays = [path for id, path in masks.items() if id not in images]
-    others = left_out([*walk(place / "images"), *walk(place / "masks")])
-    if others and (strays or not masks):
-        raise InputError(others)
-    if others:
+    if others := left_out([*walk(place / "images"), *walk(place / "masks")]):
+        if strays or not masks:
+            raise InputError(others)
         warn(others)
     if strays:
         raise InputError(f"{len(strays)} masks belong to no image, first {strays[0]}; rename or remove them")
@@ -228,8 +227,8 @@ def shrink(root, data, side):
             save_mask(mask.resize(image.size, 0), part / f"{name.replace('images', 'masks', 1)}.png")  # 0: nearest
 
     each(copy, data.labeled + data.unlabeled + data.val)  # what is broken was named before
-    for name in filter(lambda name: (root / name).is_file(), ("classes.txt", "val.txt")):
-        shutil.copy(root / name, part / name)
+    for file in root.glob("*.txt"):  # the two lists
+        shutil.copy(file, part)
     os.replace(part, target)
     return target
 
@@ -264,19 +263,14 @@ def main(args):
         by_value = modes <= {*VALUES} and not why
 
     looks = dict(zip(pairs, each(look, pairs, pairs.values(), [by_value] * len(pairs))))
-    broken = {image: str(error) for image, error in looks.items() if isinstance(error, InputError)}
-    fatal = [error for image, error in broken.items() if pairs[image]]
+    broken = {image: str(look) for image, look in looks.items() if isinstance(look, InputError)}
     for image, error in broken.items():
-        if not pairs[image]:
-            warn(f"{error}; training goes on without it")
-        elif error != fatal[0]:
-            print(error, file=sys.stderr)
-    if fatal:
-        raise InputError(fatal[0] + f" ({len(fatal)} such files in all, the others are named above)" * (len(fatal) > 1))
+        warn(error + "; training goes on without it" * (pairs[image] is None))
+    if any(pairs[image] for image in broken):
+        raise InputError(f"{len(broken)} files cannot be used, each is named above; replace or remove them")
     sizes = [look[0] for image, look in looks.items() if image not in broken]
     looks = {image: look[1:] for image, look in looks.items() if pairs[image]}
-    turned = [image for image, look in looks.items() if look[0]]
-    if turned:
+    if turned := [image for image, look in looks.items() if look[0]]:
         warn(f"{len(turned)} images are turned by an EXIF tag, first {turned[0]}; look whether their masks are, too")
 
     _, *parts = zip(*looks.values())
