@@ -10,18 +10,21 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 import os
 import shlex
 import shutil
+import sys
+import time
 import unicodedata
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as VF
 
 IGNORE, NO_CLASS = 255, 254
@@ -267,6 +270,9 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     root = write_shapes(Path(root) / "shapes") if name == "shapes" else Path(root)
     items = spec.list_items(root, lists)
     classes = spec.classes or tuple(id_list(root / "classes.txt"))
+    twice = [one for one in dict.fromkeys(classes) if classes.count(one) > 1]
+    if twice:
+        raise InputError(f"{root / 'classes.txt'} names {twice[0]} twice; expected every class once")
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
     training = {"labeled", "unlabeled"} & set(use)
     if training and not items["train"]:
@@ -378,53 +384,108 @@ def save_mask(mask, path):
     os.replace(part, path)
 
 
+def check_annotations(data):
+    """Reads every labeled and validation image with its mask, so that no run starts which cannot end; warns of classes
+    without a labeled pixel.
+
+    Raises InputError for a broken file, for fewer than two labeled classes, and if nothing is annotated to validate on.
+    """
+    began, pixels = time.monotonic(), np.zeros((2, 256), np.int64)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for counts, items in zip(pixels, (data.labeled, data.val)):
+            for histogram in pool.map(lambda item: read(item, data)[1].histogram(), items):
+                counts += histogram
+                if began and time.monotonic() > began + 2:
+                    print(f"reads {len(data.labeled)} labeled and {len(data.val)} validation images first", flush=True)
+                    began = None
+    labeled, val = pixels[:, : len(data.classes)] > 0
+    absent = [name for name, there in zip(data.classes, labeled) if not there]
+    if labeled.sum() < 2:
+        raise InputError(
+            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes; expected "
+            f"two or more, `python tools/prepare.py check --dataset {data.name}` says what the masks hold"
+        )
+    if not val.any():
+        raise InputError(f"the validation masks of {data.name} are all {IGNORE}; expected class indices to score")
+    if absent:
+        print(f"warning: no labeled pixel is {', '.join(absent)}, which cannot be learned", file=sys.stderr)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # weak and strong views
 
 
 def random_view(image, mask, crop, scales, rng):
-    """Random scale, crop and flip of an image and its mask together: the weak view.
+    """The weak view: a square of an image and its mask, padded right and below, resized to `crop`, perhaps flipped.
 
     Returns uint8 tensors image (3,crop,crop), mask (crop,crop) and the bool valid (crop,crop), False on padding, where
-    the mask is 255. Only the part of the image that the crop shows is resized.
+    the mask is 255. The square's side is crop / scale, so that scale is that of the image in the view.
     """
-    scale = rng.uniform(*scales)
-    shown = [min(side, round(crop / scale)) for side in image.size]  # width and height in the image; in the view:
-    size = [crop if part < side else min(crop, max(1, round(side * scale))) for part, side in zip(shown, image.size)]
-    left, top = (int(rng.integers(side - part + 1)) for part, side in zip(shown, image.size))
-    box = (left, top, left + shown[0], top + shown[1])
-    x, y = (int(rng.integers(crop - side + 1)) for side in size)  # > 0: padding before
-    window = (..., slice(y, y + size[1]), slice(x, x + size[0]))
-
-    view = torch.tensor([round(255 * mean) for mean in MEAN], dtype=torch.uint8).view(3, 1, 1).repeat(1, crop, crop)
-    view[window] = VF.resize(VF.pil_to_tensor(image.crop(box)), size[::-1], antialias=True)
-    label = torch.full((crop, crop), IGNORE, dtype=torch.uint8)
-    label[window] = VF.pil_to_tensor(mask.resize(size, Image.Resampling.NEAREST, box))[0]
-    valid = torch.zeros(crop, crop, dtype=torch.bool)
-    valid[window] = True
-    if rng.random() < 0.5:
-        view, label, valid = view.flip(-1), label.flip(-1), valid.flip(-1)
-    return view, label, valid
+    side = max(1, round(crop / rng.uniform(*scales)))
+    left, top = (int(rng.integers(max(length - side, 0) + 1)) for length in image.size)
+    flipped, views = rng.random() < 0.5, []
+    for whole, padding, resampling in (
+        (image, tuple(round(255 * mean) for mean in MEAN), Image.Resampling.BILINEAR),
+        (mask, IGNORE, Image.Resampling.NEAREST),
+        (Image.new("L", image.size, 1), 0, Image.Resampling.NEAREST),
+    ):
+        square = Image.new(whole.mode, (side, side), padding)
+        square.paste(whole, (-left, -top))
+        view = VF.pil_to_tensor(square.resize((crop, crop), resampling))
+        views.append(view.flip(-1) if flipped else view)
+    return views[0], views[1][0], views[2][0].bool()
 
 
-STRONG = v2.Compose([  # FixMatch's strong view of a weak one, with the field's usual strengths
-    v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], p=0.8),
-    v2.RandomGrayscale(p=0.2),
-    v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
-])  # fmt: skip
+def strong_parameters(seed, number, stream=0):
+    """(factors, places, gray, sigma): of brightness, contrast, saturation and hue the factors, and the places 0 to 3 in
+    their order; whether the view is gray; the blur's sigma in pixels, 0.01 for none."""
+    rng = generator(seed, "strong", number, stream)
+    factors, places = rng.uniform((0.5, 0.5, 0.5, -0.25), (1.5, 1.5, 1.5, 0.25)), rng.permutation(4)
+    jitter, gray, blur = rng.random(3) < (0.8, 0.2, 0.5)
+    return factors if jitter else (1, 1, 1, 0), places, gray, rng.uniform(0.1, 2.0) if blur else 0.01
 
 
-def strong_views(weak, seed, numbers):
-    """Color jitter, gray and blur of uint8 images (B,3,H,W), on their device; each a pure function of (seed, number).
+def strong_views(weak, seed, samples, stream=0):
+    """FixMatch's strong views of uint8 images (B,3,H,W), on their device: float32 in 0..255, not rounded.
 
-    Geometry stays, so labels of the weak views fit. numbers: of the samples, see `sample_numbers`.
+    torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2 and GaussianBlur(9) with 0.5, on
+    all images at once; each view is a pure function of (seed, number, stream). Geometry stays, so labels of the weak
+    views fit. samples: their numbers, see `sample_numbers`; stream: each gives another, independent view.
     """
-    strong = []
-    with torch.random.fork_rng(devices=[]):
-        for image, number in zip(weak, numbers):
-            torch.manual_seed(int(generator(seed, "strong", number).integers(2**63)))
-            strong.append(STRONG(image))
-    return torch.stack(strong)
+    batch = len(weak)
+    same, gray = np.eye(3), np.tile((0.2989, 0.587, 0.114), (3, 1))  # matrices that keep a color, or make it gray
+    means, blends = np.zeros((6, batch, 3, 3)), np.tile(same, (7, batch, 1, 1))  # of the image's mean, of each pixel
+    turns, kernels = np.empty((batch, 3)), np.empty((batch, 3, 9))
+    for i, number in enumerate(samples):
+        (brightness, contrast, saturation, hue), places, is_gray, sigma = strong_parameters(seed, number, stream)
+        one, two, three = places[:3] + 2 * (places[:3] > places[3])  # steps 0 to 2 come before hue, 3 to 5 after it
+        blends[one, i] = brightness * same
+        blends[two, i], means[two, i] = contrast * same, (1 - contrast) * gray
+        blends[three, i] = saturation * same + (1 - saturation) * gray
+        blends[6, i] = gray if is_gray else same
+        turns[i] = 6 * hue + np.array([0, 4, 2])  # sixths of the circle, for red, green, blue
+        kernels[i] = np.exp(-((np.arange(-4, 5) / sigma) ** 2) / 2)
+    kernels /= kernels.sum(2, keepdims=True)
+    table = torch.from_numpy(np.float32(np.hstack([*map(np.ravel, (means, blends, turns, kernels))])))
+    table = (table.pin_memory() if weak.is_cuda else table).to(weak.device, non_blocking=True)  # waits for nothing
+    matrices, turns, kernels = table.split([117 * batch, 3 * batch, 27 * batch])
+    *matrices, last = matrices.view(13, batch, 3, 3).unbind()
+
+    x = weak.flatten(2).float()  # (B,3,HW)
+    with torch.autocast(weak.device.type, enabled=False):
+        for step, (mean, blend) in enumerate(zip(matrices[:6], matrices[6:])):
+            if step == 3:  # hue: its angle, -3 to 3 with red at 0, is turned and becomes RGB again
+                low = x.amin(1, keepdim=True)
+                r, g, b = x.sub_(low).split(1, 1)
+                chroma = x.amax(1, keepdim=True).clamp_(min=1e-6)
+                hue = (g + b).sub_(r).add_(chroma).div_(chroma).copysign_(g - b)
+                share = (hue + turns.view(batch, 3, 1)).remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
+                x = torch.addcmul(low, chroma, share)
+            x = torch.baddbmm(mean.bmm(x.mean(2, keepdim=True)), blend, x).clamp_(0, 255)
+        x = F.pad(last.bmm(x).view(1, -1, *weak.shape[2:]), (4, 4, 4, 4), "reflect")
+        for shape in ((1, 9), (9, 1)):
+            x = F.conv2d(x, kernels.view(3 * batch, 1, *shape), groups=3 * batch)
+    return x.view(weak.shape)
 
 
 def cutmix(rng, probability, images, *maps):
@@ -447,7 +508,7 @@ def cutmix(rng, probability, images, *maps):
 
 
 def normalize(images):
-    """uint8 images (B,3,H,W) -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
+    """Images (B,3,H,W) in 0..255 -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
     mean, std = _mean_and_std(images.device)
     return (images - mean) / std
 
@@ -461,10 +522,10 @@ def _mean_and_std(device):
 # loaders
 
 
-def sampled(items, seed, stream, number):
-    """Sample `number` of an endless row of shuffled passes over the items; a pure function of its arguments."""
-    epoch, place = divmod(number, len(items))
-    return items[generator(seed, stream, epoch).permutation(len(items))[place]]
+def sampled(count, seed, stream, number):
+    """The index of sample `number` in an endless row of shuffled passes over `count` items; a pure function."""
+    epoch, place = divmod(number, count)
+    return int(generator(seed, stream, epoch).permutation(count)[place])
 
 
 def sample_numbers(step, batch_size, rank=0, world=1):
@@ -478,39 +539,52 @@ class TrainingViews(Dataset):
 
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
     where nothing is annotated: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
+    An unlabeled image that cannot be read is replaced by that of sample n + 1; broken is its index in data.unlabeled,
+    or -1.
     """
 
     def __init__(self, data, crop, framework, seed):
         self.data, self.crop, self.framework, self.seed = data, crop, framework, seed
 
-    def view(self, items, kind, n):
+    def view(self, kind, n, image, mask):
         """(view, label, valid) of sample n; kind: "x" or "u"."""
-        item, rng = sampled(items, self.seed, f"order_{kind}", n), generator(self.seed, f"view_{kind}", n)
-        return random_view(*read(item, self.data), self.crop, self.data.scales, rng)
+        rng = generator(self.seed, f"view_{kind}", n)
+        return random_view(image, mask, self.crop, self.data.scales, rng)
 
     def __getitem__(self, n):
-        x, y, _ = self.view(self.data.labeled, "x", n)
+        labeled, unlabeled = self.data.labeled, self.data.unlabeled
+        item = labeled[sampled(len(labeled), self.seed, "order_x", n)]
+        x, y, _ = self.view("x", n, *read(item, self.data))
         if self.framework == "supervised":
             return {"x": x, "y": y}
-        weak, truth, valid = self.view(self.data.unlabeled, "u", n)
-        return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid}
+        broken = -1
+        for number in range(n, n + len(unlabeled)):
+            index = sampled(len(unlabeled), self.seed, "order_u", number)
+            try:
+                weak, truth, valid = self.view("u", n, *read(unlabeled[index], self.data))
+                return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
+            except InputError:
+                broken = index if number == n else broken
+        raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
 
 
 def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
     """One batch per step of `steps` for one process of `world`; together they see one process's batch of B * world."""
     views = TrainingViews(data, crop, framework, seed)
-    numbers = [sample_numbers(step, batch_size, rank, world) for step in steps]
+    samples = [sample_numbers(step, batch_size, rank, world) for step in steps]
     return DataLoader(
-        views, batch_sampler=numbers, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
+        views, batch_sampler=samples, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
     )
 
 
-def evaluation_loader(data, items, workers=0, rank=0, world=1):
+def evaluation_loader(data, items, device, workers=0, rank=0, world=1):
     """Whole images (1,3,H,W) with masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
-    return DataLoader(
+    loader = DataLoader(
         items[rank::world], batch_size=None, collate_fn=partial(_tensors, data), num_workers=workers,
-        worker_init_fn=own_process_group,
+        pin_memory=device.type == "cuda", worker_init_fn=own_process_group,
     )  # fmt: skip
+    for pair in loader:
+        yield [part.to(device, non_blocking=True) for part in pair]
 
 
 def _tensors(data, item):

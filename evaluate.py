@@ -9,6 +9,7 @@ The dataset, the classes, the network and the protocol are those that the checkp
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -21,11 +22,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
-from model import load_checkpoint, load_network, over_processes, start_processes
+from model import all_reduce, load_checkpoint, load_network, start_processes
 from refine import confidence, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,15 +57,13 @@ def probabilities(network, image, protocol):
     """softmax(network(image)): (1,3,H,W), normalized -> (1,C,H,W); the mean of it where windows overlap."""
     if protocol.eval_mode != "sliding":
         return network(image).softmax(1)
-    crop, total, covered = protocol.crop, None, image.new_zeros(image.shape[-2:])
-    for top in windows(image.shape[-2], crop):
-        for left in windows(image.shape[-1], crop):
-            view = (..., slice(top, top + crop), slice(left, left + crop))
-            prob = network(image[view]).softmax(1)
-            if total is None:
-                total = prob.new_zeros(*prob.shape[:2], *image.shape[-2:])
-            total[view] += prob
-            covered[view] += 1
+    (height, width), crop, total, covered = image.shape[-2:], protocol.crop, None, image.new_zeros(image.shape[-2:])
+    for top, left in itertools.product(windows(height, crop), windows(width, crop)):
+        view = (..., slice(top, top + crop), slice(left, left + crop))
+        prob = network(image[view]).softmax(1)
+        total = prob.new_zeros(1, prob.shape[1], height, width) if total is None else total
+        total[view] += prob
+        covered[view] += 1
     return total / covered
 
 
@@ -77,32 +77,28 @@ def bilateral(prob, images):
     (height, width), reach, sigma = prob.shape[-2:], 24, 0.05
     probs, others = F.pad(prob, [reach] * 4), F.pad(colors, [reach] * 4, value=99)  # 99: outside the image, weight 0
     total, weights = torch.zeros_like(prob), torch.zeros_like(prob[:, :1])
-    for top in range(0, 2 * reach + 1, 8):
-        for left in range(0, 2 * reach + 1, 8):
-            view = (..., slice(top, top + height), slice(left, left + width))
-            weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
-            total.addcmul_(probs[view], weight)
-            weights += weight
+    for top, left in itertools.product(range(0, 2 * reach + 1, 8), repeat=2):
+        view = (..., slice(top, top + height), slice(left, left + width))
+        weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
+        total.addcmul_(probs[view], weight)
+        weights += weight
     return (prob + total / weights) / 2
 
 
 @torch.no_grad()
-def predict(network, image, protocol=Protocol()):
+def predict(network, pixels, protocol=Protocol()):
     """Class probabilities of a uint8 image (1,3,H,W) on the network's device: (1,C,H,W)."""
-    pixels, image = image, normalize(image)
-    if protocol.tta:
-        prob = 0
-        for scale in TTA_SCALES:
-            size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-            resized = F.interpolate(image, size, mode="bilinear", antialias=True)
-            for flip in (lambda x: x, lambda x: x.flip(-1)):
-                one = flip(probabilities(network, flip(resized), protocol))
-                prob = prob + F.interpolate(one, image.shape[-2:], mode="bilinear") / (2 * len(TTA_SCALES))
-    else:
-        prob = probabilities(network, image, protocol)
+    image, prob = normalize(pixels), 0
+    scales, flips = TTA_SCALES if protocol.tta else (1,), ([], [-1]) if protocol.tta or protocol.bilateral else ([],)
+    for scale in scales:
+        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        resized = image if scale == 1 else F.interpolate(image, size, mode="bilinear", antialias=True)
+        for flipped in flips:  # dimensions
+            one = probabilities(network, resized.flip(flipped), protocol).flip(flipped)
+            prob = prob + (one if scale == 1 else F.interpolate(one, image.shape[-2:], mode="bilinear"))
+    prob = prob / (len(scales) * len(flips))
     if protocol.bilateral:
-        mirrored = prob if protocol.tta else probabilities(network, image.flip(-1), protocol).flip(-1)
-        prob = bilateral((prob + mirrored) / 2, pixels)
+        prob = bilateral(prob, pixels)
     return prob if protocol.refine is None else refine(prob, **protocol.refine)
 
 
@@ -114,18 +110,25 @@ def confusion_matrix(prediction, label, num_classes):
     """(C,C) counts, rows ground truth and columns prediction, over the pixels whose label is not 255."""
     pairs = label.long() * num_classes + prediction.long()
     pairs = pairs.masked_fill(label == IGNORE, num_classes**2).flatten()
-    return torch.bincount(pairs, minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
+    counts = pairs.new_zeros(num_classes**2 + 1)  # bincount would have the host wait for the GPU
+    counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def near_contour(label, distance, image_border=True):
     """(B,H,W) -> bool, True on pixels at most `distance` from a pixel of another value, in a square neighborhood.
 
-    image_border: whether everything outside the image counts as another value.
+    label: 0..255. image_border: whether everything outside the image counts as another value.
     """
-    values = torch.stack([label, -label.short()]).float()  # the largest of -x is the smallest of x
-    around = F.pad(values, [distance] * 4, value=1000.0 if image_border else -1000.0)
-    for window in ((2 * distance + 1, 1), (1, 2 * distance + 1)):
-        around = F.max_pool2d(around, window, stride=1)
+    values = torch.stack([label, 255 - label]).to(torch.uint8)  # the largest of 255 - x is the smallest of x
+    around = F.pad(values, [distance] * 4, value=255 if image_border else 0)
+    for dim in (-2, -1):
+        side = 1  # maxima over windows of this side; two of them make a larger one, up to 2 * distance + 1
+        while side <= 2 * distance:
+            shift = min(side, 2 * distance + 1 - side)
+            rest = around.shape[dim] - shift
+            around = torch.maximum(around.narrow(dim, 0, rest), around.narrow(dim, shift, rest))
+            side += shift
     return (around != values).any(0)
 
 
@@ -136,9 +139,9 @@ def boundary_confusion(prediction, label, num_classes):
     are a region of their own in ground truth and prediction, so that a contour under PASCAL's 255 border costs nothing.
     """
     distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
-    prediction = prediction.masked_fill(label == IGNORE, IGNORE)
-    inside = [labels.long().masked_fill(~near_contour(labels, distance), num_classes) for labels in (prediction, label)]
-    return confusion_matrix(inside[0], inside[1].masked_fill(label == IGNORE, IGNORE), num_classes + 1)
+    labels = torch.stack([prediction.masked_fill(label == IGNORE, IGNORE), label]).to(torch.uint8)
+    bands = labels.masked_fill(~near_contour(labels.flatten(0, 1), distance).view_as(labels), num_classes)
+    return confusion_matrix(bands[0], bands[1].masked_fill(label == IGNORE, IGNORE), num_classes + 1)
 
 
 def intersection_over_union(confusion, classes):
@@ -146,12 +149,10 @@ def intersection_over_union(confusion, classes):
 
     A class in neither ground truth nor prediction is None and counts nowhere.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.double()
     iou = (100 * confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag()))[: len(classes)]
-    known = iou[~iou.isnan()]
-    return {name: None if math.isnan(value) else value for name, value in zip(classes, iou.tolist())}, (
-        known.mean().item() if len(known) else None
-    )
+    *iou, mean = [None if math.isnan(value) else value for value in (*iou.tolist(), iou.nanmean().item())]
+    return dict(zip(classes, iou)), mean
 
 
 @torch.no_grad()
@@ -159,40 +160,34 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=
     """Scores of a network in evaluation mode on items, counted over all processes.
 
     {"miou", "boundary_miou", "pixel_accuracy": 0-100, "iou", "boundary_iou": {class: 0-100, or None}}.
-    Raises InputError where no pixel has a label.
+    Raises InputError if no pixel has a label.
     """
     classes = len(data.classes)
-    confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
-    boundaries = torch.zeros(classes + 1, classes + 1, dtype=torch.long, device=device)
-    for image, label in evaluation_loader(data, items, workers, rank, world):
+    counts = torch.zeros(2, classes + 1, classes + 1, dtype=torch.long, device=device)
+    for image, label in evaluation_loader(data, items, device, workers, rank, world):
         if protocol.eval_mode == "center-crop":
             size = [min(protocol.crop, side) for side in label.shape[-2:]]
             image, label = VF.center_crop(image, size), VF.center_crop(label, size)
-        label = label.to(device)
-        prediction = predict(network, image.to(device), protocol).argmax(1)
-        confusion += confusion_matrix(prediction, label, classes)
-        boundaries += boundary_confusion(prediction, label, classes)
-    over_processes(confusion)
-    over_processes(boundaries)
+        prediction = predict(network, image, protocol).max(1).indices  # on a CPU a quarter of argmax's time
+        counts[0] += confusion_matrix(prediction, label, classes + 1)
+        counts[1] += boundary_confusion(prediction, label, classes)
+    confusion, boundaries = all_reduce(counts).cpu()
     if not confusion.any():
         raise InputError("no pixel of the images to score has a label; expected class indices, not only 255")
     iou, miou = intersection_over_union(confusion, data.classes)
     boundary_iou, boundary_miou = intersection_over_union(boundaries, data.classes)
-    accuracy = (100 * confusion.diag().sum() / confusion.sum()).item()
-    scores = {"miou": miou, "boundary_miou": boundary_miou, "pixel_accuracy": accuracy}
-    return scores | {"iou": iou, "boundary_iou": boundary_iou}
+    scores = {"miou": miou, "boundary_miou": boundary_miou, "iou": iou, "boundary_iou": boundary_iou}
+    return scores | {"pixel_accuracy": (100 * confusion.diag().sum() / confusion.sum()).item()}
 
 
 def table(scores):
     """The scores as lines of text: IoU, and IoU at boundaries."""
-    rows = [(name, value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()]
-    rows.append(("mIoU", scores["miou"], scores["boundary_miou"]))
-    width = max(len(name) for name, *_ in rows)
-    shown = [f"{'':{width}}       IoU  boundary"]
-    for name, *values in rows:
-        numbers = ("absent" if value is None else f"{value:.2f}" for value in values)
-        shown.append(f"{name:{width}}" + "".join(f"{text:>10}" for text in numbers))
-    return "\n".join([*shown, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
+    rows = {name: (value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()}
+    rows["mIoU"], width = (scores["miou"], scores["boundary_miou"]), max(map(len, [*rows, "mIoU"]))
+    lines = [f"{'':{width}}       IoU  boundary"]
+    for name, values in rows.items():
+        lines.append(f"{name:{width}}" + "".join(f"{'absent' if v is None else f'{v:.2f}':>10}" for v in values))
+    return "\n".join([*lines, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +202,8 @@ def refinement_options(args, prior=None):
 
 def label_options(args, prior=None):
     """The keyword arguments of `refine.pseudo_labels` that a run's arguments (a dictionary) mean."""
-    options = {"kind": args["confidence"], "threshold": args["threshold"], "refinement": args["refinement"]}
+    options = {"kind": args["confidence"], "refinement": args["refinement"]}
+    options |= {"threshold": args["threshold"], "floor": args.get("floor", 0.0)}
     return options | refinement_options(args, prior)
 
 
@@ -217,10 +213,10 @@ def label_counts(prob, pseudo, truth, valid, options):
     prob: what `pseudo` was decided from; raw: the labels without refinement, at the same threshold.
     """
     raw = pseudo_labels(prob, None, valid=valid, **options | {"refinement": False, "threshold": pseudo.threshold})
-    known, counts = truth != IGNORE, [valid.sum(), (truth != IGNORE).sum()]
-    for labels in (raw, pseudo):
-        counts += [labels.keep.sum(), (labels.keep & known).sum(), (labels.keep & (labels.label == truth)).sum()]
-    return torch.stack(counts)
+    known, masks = truth != IGNORE, [valid, truth != IGNORE]
+    for keep, label in ((raw.keep, raw.label), (pseudo.keep, pseudo.label)):
+        masks += [keep, keep & known, keep & (label == truth)]
+    return torch.stack([mask.sum() for mask in masks])
 
 
 def label_figures(counts):
@@ -242,33 +238,33 @@ def label_figures(counts):
 def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0, rank=0, world=1):
     """`label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
     counts, options = torch.zeros(8, dtype=torch.long, device=device), label_options(args, prior)
-    for image, truth in evaluation_loader(data, items, workers, rank, world):
-        prob, truth = predict(network, image.to(device), protocol), truth.to(device)
+    for image, truth in evaluation_loader(data, items, device, workers, rank, world):
+        prob = predict(network, image, protocol)
         pseudo = pseudo_labels(prob, None, **options | {"threshold": image_threshold(prob, args)})
         counts += label_counts(prob, pseudo, truth, torch.ones_like(truth, dtype=torch.bool), options)
-    return label_figures(over_processes(counts))
+    return label_figures(all_reduce(counts))
 
 
 def image_threshold(prob, args):
-    """The run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence."""
+    """The run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence, not below its floor."""
     if args["threshold"] is not None:
         return args["threshold"]
     conf = confidence(prob, args["confidence"]).flatten()  # not dpa_threshold, which waits for the other processes
-    return conf.kthvalue(1 + int(args["alpha0"] * (len(conf) - 1))).values
+    threshold = conf.kthvalue(1 + int(args["alpha0"] * (len(conf) - 1))).values
+    return threshold.clamp(min=args["floor"]) if args.get("floor") else threshold
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # panels: Figs. 1, 3 and 7
 
 
-def overlay(image, label, dim=2, opacity=0.65):
+def overlay(image, label, dim=2, opacity=0.65, colors=palette()):
     """The image (3,H,W) uint8, its values divided by dim, under the label's colors; 255 shows only the image."""
     present = [c for c in label.unique().tolist() if c != IGNORE]
     if not present:
         return image // dim
-    colors = [tuple(palette()[c].tolist()) for c in present]
     masks = torch.stack([label == c for c in present])
-    return draw_segmentation_masks(image // dim, masks, alpha=opacity, colors=colors)
+    return draw_segmentation_masks(image // dim, masks, opacity, [tuple(map(int, colors[c])) for c in present])
 
 
 def heat(conf, kind, num_classes):
@@ -277,22 +273,39 @@ def heat(conf, kind, num_classes):
     return (torch.stack([3 * sure, 3 * sure - 1, 3 * sure - 2]).clamp(0, 1) * 255).to(torch.uint8)
 
 
+COLUMNS = (
+    "image", "ground truth", "teacher", "confidence, raw", "confidence, refined", "labels, raw", "labels, refined",
+    "new green, lost red, other blue",
+)  # fmt: skip
+CHANGES = ((0, 220, 0), (255, 0, 0), (0, 90, 255))  # a label appears, disappears, becomes another
+
+
 @torch.no_grad()
-def panel(network, data, items, device, args, prior=None, protocol=Protocol(), width=160):
-    """A (3,H,W) uint8 picture with a row per item: image, ground truth, teacher, confidence raw and refined, labels raw
-    and refined. The threshold is that of `image_threshold`; where a pixel has no pseudo-label the image shows, dimmed.
+def panel(network, data, items, device, args, prior=None, protocol=Protocol(), width=160, longest=1024):
+    """A (3,H,W) uint8 picture with a title and a row per item: COLUMNS, the last what refinement changes.
+
+    The threshold is that of `image_threshold`; where a pixel has no pseudo-label the image shows, dimmed. Larger images
+    are shrunk first, to `longest` pixels on their long side.
     """
     options, kind, classes = label_options(args, prior), args["confidence"], len(data.classes)
     tiles = []
-    for image, truth in evaluation_loader(data, items):
-        prob = predict(network, image.to(device), protocol)
+    for pair in evaluation_loader(data, items, device):
+        size = [math.ceil(side * min(1, longest / max(pair[0].shape[-2:]))) for side in pair[0].shape[-2:]]
+        image, truth = VF.resize(pair[0], size), VF.resize(pair[1], size, VF.InterpolationMode.NEAREST)
+        prob = predict(network, image, protocol)
         options["threshold"] = image_threshold(prob, args)
         raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on}) for on in (False, True))
-        labels = [truth, prob.argmax(1), raw.label, refined.label]
-        truth, teacher, *kept = (overlay(image[0], label[0].cpu()) for label in labels)
-        sure = [heat(pseudo.confidence[0].cpu(), kind, classes) for pseudo in (raw, refined)]
-        tiles += [VF.resize(tile, [width, width]) for tile in (image[0], truth, teacher, *sure, *kept)]
-    return make_grid(tiles, nrow=7, pad_value=255)
+        change = torch.where(raw.label == IGNORE, 0, torch.where(refined.label == IGNORE, 1, 2))
+        change = change.masked_fill(raw.label == refined.label, IGNORE)
+        row = [image[0], *(overlay(image[0], label[0]) for label in (truth, prob.argmax(1)))]
+        row += [heat(pseudo.confidence[0], kind, classes) for pseudo in (raw, refined)]
+        row += [overlay(image[0], pseudo.label[0]) for pseudo in (raw, refined)]
+        row.append(overlay(image[0], change[0], opacity=1, colors=CHANGES))
+        tiles += [VF.resize(tile, [width, width]).cpu() for tile in row]
+    titles = Image.new("RGB", (2 + (width + 2) * len(COLUMNS), 16), "white")
+    for i, title in enumerate(COLUMNS):
+        ImageDraw.Draw(titles).text((2 + (width + 2) * i, 2), title, "black")
+    return torch.cat([VF.pil_to_tensor(titles), make_grid(tiles, nrow=len(COLUMNS), pad_value=255)], 1)
 
 
 def panel_items(data, count=4):
@@ -318,9 +331,9 @@ def run_script(main):
     except (InputError, OSError) as error:  # a loader's worker puts its traceback before the sentence
         code = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
     except Exception as error:
-        code = traceback.format_exc()
-        if "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
-            code = "the connection to another process is lost; its own message, if any, says why"
+        lost = "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError)
+        sentence = "the connection to another process is lost; its own message, if any, says why"
+        code = sentence if lost else traceback.format_exc()
     if isinstance(code, str):
         print(f"{Path(sys.argv[0]).name}: {code}", file=sys.stderr)
         code = 1
@@ -336,12 +349,10 @@ def number(kind, low, high=math.inf, above=False):
     """An argparse type: a number from low (or above it) to high."""
 
     def parse(text):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'more than' if above else 'at least'} {low}"
-            limit += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limit}")
-        return value
+        if low <= kind(text) <= high and not (above and kind(text) == low):
+            return kind(text)
+        limits = f"{'more than' if above else 'at least'} {low}{f' and at most {high}' if high < math.inf else ''}"
+        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limits}")
 
     parse.__name__ = kind.__name__
     return parse
@@ -363,7 +374,8 @@ def parse_args(argv=None):
     add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
     add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
-    add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
+    workers = min(4, (os.cpu_count() or 1) - 1)
+    add("--workers", type=number(int, 0), default=workers, help="loading processes; default: 4, or all cores but one")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     args = parser.parse_args(argv)
     if args.pseudo_labels and (args.refine or args.split):
@@ -376,8 +388,8 @@ def main(args):
     checkpoint = load_checkpoint(args.checkpoint)
     run, prior, root = checkpoint["args"], checkpoint.get("prior"), args.root or checkpoint["args"]["root"]
     rank, world, device = start_processes(args.device)
-    network = load_network(checkpoint, "student" if args.student else "teacher")
-    network = network.to(device, memory_format=torch.channels_last)
+    which = "student" if args.student else "teacher"
+    network = load_network(checkpoint, which).to(device, memory_format=torch.channels_last)
     part = "unlabeled" if args.pseudo_labels else args.split or "val"
     parts = ("labeled", "unlabeled") if part == "train" else (part,)
     data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
@@ -385,27 +397,23 @@ def main(args):
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
     items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
     options = refinement_options(run, prior) if args.refine else None
-    protocol = Protocol(
-        args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta, options, args.bilateral
-    )
-    if args.pseudo_labels and protocol.eval_mode == "center-crop":  # a way to score, not to label
-        protocol = protocol._replace(eval_mode="original")
-    sharing = {"workers": args.workers, "rank": rank, "world": world}
+    eval_mode, crop = args.eval_mode or run["eval_mode"], args.crop or run["crop"]
+    if args.pseudo_labels and eval_mode == "center-crop":  # a way to score, not to label
+        eval_mode = "original"
+    protocol = Protocol(eval_mode, crop, args.tta, options, args.bilateral)
     if args.pseudo_labels:
-        result = evaluate_labels(network, data, items, device, protocol, run, prior, **sharing)
+        result = evaluate_labels(network, data, items, device, protocol, run, prior, args.workers, rank, world)
         text = "\n".join(f"{name:12}{100 * value:8.2f} %" for name, value in result.items())
     else:
-        result = evaluate(network, data, items, device, protocol, **sharing)
+        result = evaluate(network, data, items, device, protocol, args.workers, rank, world)
         text = table(result)
     if rank != 0:
         return
-    images = f"{len(items)} {part} images of {data.name}, {protocol.eval_mode}"
-    print(f"{args.checkpoint}, step {checkpoint['step']}: {images}")
+    print(f"{args.checkpoint}, step {checkpoint['step']}: {len(items)} {part} images of {data.name}, {eval_mode}")
     print(text)
     if args.json:
         about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}
-        about |= {"eval_mode": protocol.eval_mode, "crop": protocol.crop, "tta": args.tta, "refine": args.refine}
-        about |= {"bilateral": args.bilateral, "network": "student" if args.student else "teacher"}
+        about |= {"network": which} | protocol._asdict() | {"refine": args.refine}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:

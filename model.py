@@ -3,15 +3,19 @@
     student = DeepLabV3Plus("resnet101", num_classes=21, weights="imagenet")
     logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
     teacher = copy.deepcopy(student).eval()
-    update_teacher(teacher, student, ema_decay(updates))          # after each optimizer step
+    averaged = float_tensors(teacher), float_tensors(student)
+    update_teacher(*averaged, ema_decay(updates))                 # after each optimizer step
 
 Encoders, ASPP and the moving average are the libraries' own; this file joins them.
 """
 
+import errno
 import itertools
 import os
 import pickle
+import sys
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +106,7 @@ class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
     backbone: one of ENCODERS; output_stride 16 or 8; weights: see `encoder`.
+    drop (B,C): multiplies the channels of the deepest features [UniMatch V2].
     forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4, where they
     are decided. In training mode B must be at least 2, for ASPP's image pooling has BatchNorm on one pixel per image.
     """
@@ -109,6 +114,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
         super().__init__()
         self.shallow, shallow_channels, _, deep_channels, width = ENCODERS[backbone]
+        self.deep_channels = deep_channels
         self.backbone = encoder(backbone, weights)
         replace_stride_with_dilation(self.backbone, output_stride)
         self.aspp = ASPP(deep_channels, ATROUS_RATES[output_stride], width)
@@ -116,12 +122,14 @@ class DeepLabV3Plus(nn.Module):
         self.decoder = nn.Sequential(Conv2dNormActivation(width + 48, width), Conv2dNormActivation(width, width))
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, images):
+    def forward(self, images, drop=None):
         x = images
         for name, stage in self.backbone.named_children():
             x = stage(x)
             if name == self.shallow:
                 low = self.low_level(x)  # (B,48,H/4,W/4)
+        if drop is not None:
+            x = x * drop[:, :, None, None]
         context = F.interpolate(self.aspp(x), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
         # float32, because bfloat16 would tie the margins; contiguous, because refine.py goes from class to class.
@@ -138,15 +146,16 @@ def ema_decay(updates, decay=0.99):
     return min(1 - 1 / (updates + 1), decay)
 
 
+def float_tensors(network):
+    """What the teacher averages: the list of parameters and BatchNorm's running statistics."""
+    return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_floating_point()]
+
+
 @torch.no_grad()
 def update_teacher(teacher, student, tau):
-    """theta_t = tau theta_t + (1 - tau) theta_s, Sec. 4.1, for weights and BatchNorm's running statistics alike."""
+    """theta_t = tau theta_t + (1 - tau) theta_s, Sec. 4.1, of both networks' `float_tensors`."""
     # AveragedModel copies its counter to the device at each update, and a GPU would wait for it.
-    tensors = [
-        [tensor for tensor in itertools.chain(net.parameters(), net.buffers()) if tensor.is_floating_point()]
-        for net in (teacher, student)
-    ]
-    get_ema_multi_avg_fn(tau)(*tensors, None)
+    get_ema_multi_avg_fn(tau)(teacher, student, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,8 +164,17 @@ def update_teacher(teacher, student, tau):
 PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; travels in the checkpoint
 
 
+def cannot_write(path, error):
+    """The InputError for a system's error of writing; torch.save turns that of a full disk into a RuntimeError."""
+    advice = {errno.ENOENT: "the folder is gone; make it again", errno.ENOTDIR: "a part of the path is a file"}
+    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "it is read-only; choose a folder of your own")
+    what = advice.get(getattr(error, "errno", None), "make room")
+    kept = "the one before is kept, " if path.suffix == ".pth" and path.exists() else ""
+    return InputError(f"{path} could not be written ({str(error).splitlines()[0]}): {kept}{what}, then use --resume")
+
+
 def save_checkpoint(state, path):
-    """Atomic write of a dictionary of tensors and plain values. Raises InputError where it cannot be written."""
+    """Atomic write of a dictionary of tensors and plain values. Raises InputError if it cannot be written."""
     part = path.with_name(f"{path.name}.tmp")
     try:
         with open(part, "wb") as file:
@@ -164,12 +182,9 @@ def save_checkpoint(state, path):
             file.flush()
             os.fsync(file.fileno())  # on the disk before it replaces the last good one
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns some of the system's errors into RuntimeError
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        kept = "the one before is kept" if path.exists() else "there was none before"
-        raise InputError(
-            f"{path} could not be written ({str(error).splitlines()[0]}), {kept}; make room, then use --resume"
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def load_checkpoint(path):
@@ -197,22 +212,41 @@ def load_network(checkpoint, which="teacher"):
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
 
+WAIT = 600  # seconds, for the other processes to start
 
-def over_processes(tensor, operation=dist.ReduceOp.SUM):
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     """The tensor, which becomes, in place, its sum (or other operation) over all processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
 
 
+def average_statistics(network, world):
+    """BatchNorm's running statistics become their mean over the processes."""
+    for statistic in network.buffers():
+        if statistic.is_floating_point():
+            dist.all_reduce(statistic)
+            statistic /= world
+
+
 def start_processes(wanted="auto"):
-    """Joins the processes of torchrun, where it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
+    """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
+    names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world = max(world, 1)
+    missing = [name for name in names if name not in os.environ]
+    if world > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE={world} is in the environment, {', '.join(missing)} not; start with torchrun, or unset it"
+        )
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or a CUDA build and driver")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
+        if torch.cuda.device_count() == 1 and not torchrun:
+            local = 0  # a scheduler that shows each process only its own GPU
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"process {local} has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu"
@@ -220,9 +254,17 @@ def start_processes(wanted="auto"):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
+        if not torchrun:
+            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            print(f"waits up to {WAIT} s for {world} processes, as the environment says: {given}", file=sys.stderr)
         # On one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
-        store = dist.PrefixStore(f"attempt {attempt}", next(rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        try:
+            store = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0]
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        except dist.DistError as error:
+            raise InputError(f"{world} processes did not meet in {WAIT} s; start all, or unset WORLD_SIZE") from error
     return rank, world, device

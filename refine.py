@@ -1,7 +1,8 @@
 """S4MC itself: which pixels of an unlabeled image get a pseudo-label, and which one.
 
     pseudo = pseudo_labels(teacher(image).softmax(1), alpha=dpa_alpha(step, total_steps))
-    loss = cross_entropy(student(strong_view_of_image), pseudo.label, ignore_index=255)
+    total = cross_entropy(student(strong_view_of_image), pseudo.label, ignore_index=255, reduction="sum")
+    loss = total / pseudo.keep.sum().clamp(min=1)           # Eq. 3; of several processes, add up the pixels of all
 
 This file needs only PyTorch; it can be copied into another project as it is.
 
@@ -35,25 +36,21 @@ def confidence(prob, kind="margin"):
     max:      max_c p_c                   Eq. 11, 0..1
     entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0
 
-    Refined probabilities are put into the same formulas, Sec. 3.2.2. Raises ValueError on another kind.
+    Refined probabilities are put into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
     return _ranked(prob, kind)[0]
 
 
 def _ranked(prob, kind):
-    """(confidence, class of the largest probability), (B,H,W) each, by a running top-2 over the classes."""
-    # topk, max and argmax over the strided class dimension are many times slower.
-    first, second = torch.zeros_like(prob[:, 0]), torch.zeros_like(prob[:, 0])
-    label = torch.zeros_like(first)  # float, which vectorizes better
-    for c, p in enumerate(prob.unbind(1)):
-        second = torch.maximum(second, torch.minimum(first, p))
-        label = torch.where(p > first, c, label)
-        first = torch.maximum(first, p)
+    """(confidence, class of the largest probability), (B,H,W) each."""
+    first, label = prob.max(1)
+    if kind == "margin":
+        return first - prob.scatter(1, label[:, None], 0).amax(1), label
+    if kind == "max":
+        return first, label
     if kind == "entropy":
-        return torch.xlogy(prob, prob).sum(1), label.long()
-    if kind not in ("margin", "max"):
-        raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
-    return first - second if kind == "margin" else first, label.long()
+        return torch.xlogy(prob, prob).sum(1), label
+    raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
 
 
 def offsets(neighborhood, dilation=1, distance_weight=True):
@@ -61,20 +58,17 @@ def offsets(neighborhood, dilation=1, distance_weight=True):
 
     beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid; 1 without `distance_weight`, which is Eqs. 7-9.
     neighborhood: 3, 5 or 7 for the N x N square without its center, "cross" for up, down, left and right.
-    Raises ValueError on another neighborhood or a dilation below 1.
+    Raises ValueError for another neighborhood or a dilation below 1.
     """
     # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for each neighbor of their cross.
     # Here: Eq. 10 for every neighborhood; 0.607 beside the pixel, 0.368 on the diagonal.
-    if neighborhood not in (3, 5, 7, "cross"):
-        raise ValueError(f"neighborhood {neighborhood!r} is unknown; expected 3, 5, 7 or 'cross'")
-    if dilation < 1:
-        raise ValueError(f"dilation {dilation} is too small; expected 1 or more pixels")
+    if neighborhood not in (3, 5, 7, "cross") or dilation < 1:
+        raise ValueError(f"neighborhood {neighborhood!r}, dilation {dilation}; expected 3, 5, 7 or 'cross', 1 or more")
     reach = 1 if neighborhood == "cross" else neighborhood // 2
-    grid = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1) if (dy, dx) != (0, 0)]
-    if neighborhood == "cross":
-        grid = [(dy, dx) for dy, dx in grid if dy == 0 or dx == 0]
-    beta = [math.exp(-(abs(dy) + abs(dx)) / 2) if distance_weight else 1.0 for dy, dx in grid]
-    return [(dilation * dy, dilation * dx, weight) for (dy, dx), weight in zip(grid, beta)]
+    square = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1) if dy or dx]
+    grid = [(dy, dx) for dy, dx in square if neighborhood != "cross" or dy * dx == 0]
+    beta = {(dy, dx): math.exp(-(abs(dy) + abs(dx)) / 2) if distance_weight else 1.0 for dy, dx in grid}
+    return [(dilation * dy, dilation * dx, beta[dy, dx]) for dy, dx in grid]
 
 
 def _neighbors(x, grid, value=0):
@@ -95,60 +89,51 @@ def refine(
     padding, does not exist.
     neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
     select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
-        "random" one position per pixel among those inside the image, the same for all classes (Table 4a).
+        "random" one position per pixel among those that exist, the same for all classes (Table 4a).
     neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
-    generator: for "random", on prob's device.
-    Raises ValueError on options it does not know.
+    generator: for "random", on prob's device. Raises ValueError for options it does not know.
     """
     if prob.dim() != 4:
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
-    if select not in ("max", "min", "random"):
-        raise ValueError(f"select {select!r} is unknown; expected 'max', 'min' or 'random'")
-    if neighbors < 1:
-        raise ValueError(f"neighbors {neighbors} is too small; expected 1 or more")
-    batch, classes, height, width = prob.shape
-    if prior is not None and prior.shape != (classes,):
-        raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({classes},)")
-    grid = offsets(neighborhood, dilation, distance_weight)
-    beta = [weight for *_, weight in grid]
-
-    if select == "max" and neighbors == 1 and prior is None:
-        unions = []
-        for p in prob.split(3, 1):  # a few classes at a time, which stay in a CPU's cache
-            best = torch.zeros_like(p)
-            for weight, q in zip(beta, _neighbors(p, grid)):
-                torch.maximum(best, weight * q, out=best)  # Eq. 9: the union grows with beta * q
-            unions.append(torch.addcmul(p, best, 1 - p))  # Eq. 10 with Eq. 14: p + beta (q - p q)
-        return torch.cat(unions, 1)
-
-    around = zip(beta, _neighbors(prob, grid), _neighbors(prob.sum(1, keepdim=True) > 0, grid))
-    # Paper: Eq. 15 has no class in it. Authors' code: p_c times a constant per class. Here: theirs, from the labels.
-    floor = torch.zeros(()) if prior is None else prior.to(prob).view(-1, 1, 1)
+    if select not in ("max", "min", "random") or neighbors < 1:
+        raise ValueError(f"{neighbors} neighbors by {select!r}; expected 1 or more, by 'max', 'min' or 'random'")
+    if prior is not None and prior.shape != prob.shape[1:2]:
+        raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({prob.shape[1]},)")
+    grid, sign, exists = offsets(neighborhood, dilation, distance_weight), -1 if select == "min" else 1, None
+    if select != "max" or neighbors > 1 or prior is not None:  # else what does not exist is 0 and never the best
+        exists = torch.stack(_neighbors(prob.sum(1, keepdim=True) > 0, grid))  # (len(grid),B,1,H,W)
     if select == "random":
-        score_of = torch.rand(len(grid), batch, 1, height, width, generator=generator, device=prob.device)
-    refined, taken, around = prob, [], list(around)
-    for _ in range(min(neighbors, len(around))):
-        current, best = refined, torch.full_like(prob, -torch.inf)
-        chosen = torch.full_like(prob, -1, dtype=torch.int8)
-        for i, (weight, q, exists) in enumerate(around):
-            union = current + weight * (q - current * torch.maximum(q, floor.to(q)))  # Eq. 10; Eq. 14, or 16
-            score = {"max": union, "min": -union}[select] if select != "random" else score_of[i]
-            better = exists & (score > best)  # Eq. 9
-            for earlier in taken:
-                better = better & (earlier != i)
-            best, refined = torch.where(better, score, best), torch.where(better, union, refined)
-            chosen = chosen.masked_fill(better, i)
-        taken.append(chosen)
-    return refined
+        score = torch.rand(exists.shape, generator=generator, device=prob.device)
+        order = score.masked_fill(~exists, -1).argsort(0, descending=True)  # each pixel's neighbors, shuffled
+
+    refined, several = [], 3 if prob.device.type == "cpu" else prob.shape[1]  # three classes stay in a CPU's cache
+    for first in range(0, prob.shape[1], several):
+        classes, taken = slice(first, first + several), []
+        p, around = prob[:, classes], _neighbors(prob[:, classes], grid)
+        for turn in range(min(neighbors, len(grid))):
+            best, which = torch.full_like(p, -torch.inf), -1
+            for n, ((*_, beta), q) in enumerate(zip(grid, around)):
+                given_p = q if prior is None else q.maximum(prior[classes].to(q).view(-1, 1, 1))  # Eq. 14, or 16
+                gain = torch.addcmul(q, p, given_p, value=-1).mul_(sign * beta)  # Eq. 10, less p
+                if exists is not None:
+                    free = exists[n] & (order[turn] == n) if select == "random" else exists[n]
+                    for earlier in taken:
+                        free = free & (earlier != n)
+                    gain = gain.where(free, -torch.inf)
+                    which = torch.where(gain > best, n, which)
+                best = torch.maximum(best, gain)  # Eq. 9
+            taken.append(which)
+            p = p + sign * best.nan_to_num(neginf=0)
+        refined.append(p)
+    return torch.cat(refined, 1)
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):
     """Eq. 15, class by class: P(a neighbor is of class c | the pixel is of class c), counted over label maps.
 
     labels (B,H,W), integers 0..num_classes-1, or 255: such a pixel has no class, such a neighbor disagrees.
-    Returns (num_classes,), 0..1; 0 for a class that never occurs, which leaves Eq. 14 as it is.
-    Raises ValueError on any other label.
+    Returns (num_classes,), 0..1; 0 for a class that never occurs. Raises ValueError for any other label.
     """
     # Where 255 separates the classes, as in PASCAL, pairs of labeled pixels alone would always agree.
     if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
@@ -173,14 +158,12 @@ def dpa_threshold(conf, alpha, valid=None):
 
     conf: any shape, any range; alpha 0..1; valid: bool like conf, True on pixels that count (default: all).
     Returns a 0-d tensor on conf's device: the value of rank floor(alpha * (n - 1)) among the n valid pixels of all
-    processes, exact (torch.quantile's "lower"); +inf if there is none. Raises ValueError on another alpha.
+    processes, exact (torch.quantile's "lower"); +inf if there is none. Raises ValueError for another alpha.
     """
-    # Paper: "over all pixels of all images in the batch". Authors' code: each GPU for itself, on the CPU, with NumPy.
-    # Here: the batch of all processes, on the device.
+    # Paper: "all pixels of all images in the batch". Authors' code: each GPU's, on the host. Here: all processes'.
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
-    values = conf.detach().float()
-    values = (values if valid is None else values.masked_fill(~valid, torch.inf)).flatten()
+    values = (conf if valid is None else conf.masked_fill(~valid, torch.inf)).float().flatten()
     if dist.is_available() and dist.is_initialized():
         longest = torch.tensor(values.numel(), device=values.device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
@@ -196,9 +179,7 @@ def dpa_threshold(conf, alpha, valid=None):
     return values.kthvalue(rank.item() + 1).values
 
 
-class PseudoLabels(NamedTuple):
-    """What `pseudo_labels` returns."""
-
+class PseudoLabels(NamedTuple):  # what `pseudo_labels` returns
     label: torch.Tensor  # (B,H,W) long, 255 = ignore
     keep: torch.Tensor  # (B,H,W) bool, True on pixels that are trained on
     confidence: torch.Tensor  # (B,H,W), after refinement
@@ -206,25 +187,24 @@ class PseudoLabels(NamedTuple):
 
 
 @torch.no_grad()
-def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, refinement=True, **options):
+def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, floor=0.0, refinement=True, **options):
     """Eq. 4 with Sec. 3.2.2: the threshold comes from the raw probabilities, the decision from the refined ones.
 
     label = argmax_c refined_c where confidence(refined) > threshold, else 255
 
     prob (B,C,H,W), the teacher's; alpha 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W) bool, False on
-    padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then;
-    refinement=False leaves out Eqs. 7-10; options: those of `refine`. Returns PseudoLabels.
+    padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then; floor: DPA's threshold is
+    never below it [ours], 0: no floor; refinement=False leaves out Eqs. 7-10; options: those of `refine`.
     """
     # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
     conf, label = _ranked(prob, kind)
     if threshold is None:
         threshold = dpa_threshold(conf, alpha, valid)
+        threshold = threshold.clamp(min=floor) if floor else threshold
     if refinement:
         if valid is not None:  # padding is no neighbor: a union with 0 changes nothing
             prob = prob.masked_fill(~valid[:, None], 0)
         conf, label = _ranked(refine(prob, **options), kind)
-    keep = conf > threshold
-    if valid is not None:
-        keep = keep & valid
+    keep = conf > threshold if valid is None else (conf > threshold) & valid
     label = label.masked_fill(~keep, IGNORE)
     return PseudoLabels(label, keep, conf, threshold if torch.is_tensor(threshold) else conf.new_full((), threshold))

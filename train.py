@@ -9,6 +9,7 @@ Writes --out: args.json, metrics.jsonl, last.pth, best.pth, panels/. `python eva
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,51 +28,52 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as VF
 
-from data import DATASETS, IGNORE, InputError, cutmix, generator, normalize, open_dataset, read, sample_numbers
-from data import strong_views, training_loader
+from data import DATASETS, IGNORE, InputError, check_annotations, cutmix, generator, normalize, open_dataset, read
+from data import sample_numbers, strong_views, training_loader
 from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, run_script, table
-from model import ENCODERS, DeepLabV3Plus, ema_decay, load_checkpoint, over_processes, save_checkpoint, start_processes
-from model import update_teacher
+from model import ENCODERS, DeepLabV3Plus, all_reduce, average_statistics, cannot_write, ema_decay, float_tensors
+from model import load_checkpoint, save_checkpoint, start_processes, update_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
-# What --dataset means for every option left out: (dataset, on which device, whose numbers, the numbers).
-ANY = ("cpu", "cuda")
-SMALL = dict(crop=128, backbone="mobilenet_v2", iters=2000, batch_size=4, workers=1)
-LARGE = dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8)  # untuned
-PHOTOGRAPHS = dict(
+# What --dataset means for every option left out.
+SIZES = {  # of runs on photographs [ours]; the GPU's are untuned
+    "cpu": dict(crop=128, backbone="mobilenet_v2", iters=2000, batch_size=4, workers=1),
+    "cuda": dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8),
+}
+PHOTOGRAPHS = dict(  # [ours]
     weights="imagenet", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
     eval_mode="original",
 )  # fmt: skip
-PRESETS = (
-    ("shapes", ANY, "ours", dict(
+PRESETS = {
+    "shapes": dict(  # [ours]
         labeled="24", crop=64, backbone="resnet10", weights="none", iters=1500, warmup_iters=300, batch_size=4,
         optimizer="sgd", lr=0.02, head_lr=0.02, weight_decay=5e-4, workers=1, log_every=20, eval_mode="original",
         sup_loss="ce",
-    )),
-    # Learning rates: tuned on supervised runs of SMALL, on 46 labeled images of CamVid and 31 of PASCAL, as a folder.
-    ("camvid", ANY, "ours", PHOTOGRAPHS | dict(labeled="46", lr=0.0005, head_lr=0.005)),
-    ("camvid", ("cpu",), "ours", SMALL), ("camvid", ("cuda",), "ours", LARGE),
-    ("folder", ANY, "ours", PHOTOGRAPHS | dict(labeled="all", lr=0.0001, head_lr=0.001)),
-    ("folder", ("cpu",), "ours", SMALL), ("folder", ("cuda",), "ours", LARGE),
-    ("pascal", ANY, "paper", dict(  # Appendix D; 1/4 is the partition of Sec. 4.3
+    ),
+    # Learning rates: tuned on supervised runs, on 46 labeled images of CamVid and 31 of PASCAL, as a folder [ours].
+    "camvid": PHOTOGRAPHS | dict(labeled="46", lr=0.0005, head_lr=0.005),
+    "folder": PHOTOGRAPHS | dict(labeled="all", lr=0.0001, head_lr=0.001),
+    "pascal": dict(
+        # Appendix D; 1/4 is the partition of Sec. 4.3 [paper]
         labeled="366", crop=513, backbone="resnet101", weights="imagenet", epochs=80, batch_size=3, optimizer="sgd",
         lr=0.001, head_lr=0.01, weight_decay=1e-4, sup_loss="ce",
-    )),
-    ("pascal", ANY, "authors' code", dict(warmup_epochs=1)),
-    ("pascal", ANY, "ours", dict(workers=4, log_every=20, eval_mode="original")),
-    ("cityscapes", ANY, "paper", dict(  # Appendix D
+        warmup_epochs=1,  # [authors' code]
+        workers=4, log_every=20, eval_mode="original",  # [ours]
+    ),
+    "cityscapes": dict(
         labeled="744", crop=769, backbone="resnet101", weights="imagenet", epochs=80, batch_size=2, optimizer="sgd",
-        lr=0.01, head_lr=0.01, weight_decay=5e-4,
-    )),
-    ("cityscapes", ANY, "authors' code", dict(warmup_epochs=1)),
-    ("cityscapes", ANY, "common practice", dict(eval_mode="sliding", sup_loss="ohem")),
-    ("cityscapes", ANY, "ours", dict(workers=4, log_every=20)),
-)  # fmt: skip
+        lr=0.01, head_lr=0.01, weight_decay=5e-4,  # Appendix D [paper]
+        warmup_epochs=1,  # [authors' code]
+        eval_mode="sliding", sup_loss="ohem",  # [common practice]
+        workers=4, log_every=20,  # [ours]
+    ),
+}  # fmt: skip
+STRONG_VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # of an unlabeled image
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
-MAY_CHANGE = set(  # from one --resume to the next
-    "resume out root splits workers device log_every eval_every eval_steps save_every keep_checkpoints compile "
-    "tensorboard".split()
+MAY_CHANGE = set(  # from one --resume to the next; `find_checkpoint` allows a little more
+    "resume out root splits workers device log_every eval_every eval_steps save_every compile tensorboard labeled "
+    "batch_size processes".split()
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def learning_rate(step, total_steps, base, power=0.9):
 
 def count(mask):
     """The number of True pixels over all processes, 0-d."""
-    return over_processes(mask.sum())
+    return all_reduce(mask.sum())
 
 
 def cross_entropy(logits, label, divisor):
@@ -98,16 +101,28 @@ def cross_entropy(logits, label, divisor):
 
 
 @torch.no_grad()
-def hard_pixels(logits, label, sure=0.7, per_image=50_000):
+def ohem(logits, label, sure=0.7, per_image=50_000):
     """Online hard example mining (Shrivastava et al., 2016): the label with 255 where the network is right and sure.
 
-    logits (B,C,H,W), label (B,H,W). A pixel stays where its own class has probability `sure` or less, and so do the
+    logits (B,C,H,W), label (B,H,W). A pixel stays if its own class has probability `sure` or less, and so do the
     hardest B * per_image pixels of this process. Both numbers are common practice on Cityscapes: 100,000 of two images.
     """
     own = logits.softmax(1).gather(1, label.clamp(max=logits.shape[1] - 1).long()[:, None])[:, 0]
     prob = own.masked_fill(label == IGNORE, torch.inf)
     hardest = prob.flatten().kthvalue(min(per_image * len(label), prob.numel())).values
     return label.masked_fill(prob > hardest.clamp(min=sure), IGNORE)
+
+
+def complementary_dropout(labeled, unlabeled, channels, device):
+    """Multipliers of the student's deepest features, (labeled + 2 * unlabeled, channels) [UniMatch V2].
+
+    For a random half of the unlabeled images each channel is dropped in one strong view and doubled in the other; the
+    other half, and labeled images, keep theirs.
+    """
+    first = 2.0 * torch.randint(2, (unlabeled, channels), device=device)
+    whole = torch.rand(unlabeled, 1, device=device).argsort(0) < unlabeled // 2
+    first = torch.where(whole, 1, first)
+    return torch.cat([torch.ones(labeled, channels, device=device), first, 2 - first])
 
 
 def class_prior(data, neighborhood):
@@ -133,8 +148,10 @@ def main(args):
     out, supervised = Path(args.out), args.framework == "supervised"
     parts = ("labeled", "val") if supervised else ("labeled", "unlabeled", "val")
     data = open_dataset(args.dataset, args.root, args.labeled, args.splits, parts)
-    settle_length(args, data, world)
-    checkpoint = find_checkpoint(args, data)
+    epochs_to_steps(args, data, world, device)
+    checkpoint = find_checkpoint(args, data, rank)
+    if rank == 0:
+        check_annotations(data)
 
     torch.manual_seed(args.seed)
     if args.deterministic:
@@ -154,16 +171,23 @@ def main(args):
     else:
         optimizer = torch.optim.AdamW(groups, **settings)
     prior = class_prior(data, args.neighborhood).to(device) if args.prior else None
-    first, best = 0, -math.inf
+    first, best, broken = 0, -math.inf, torch.zeros(len(data.unlabeled) + 1, dtype=torch.uint8)  # the last one: none
     if checkpoint:
         first, best = checkpoint["step"], checkpoint["best"]
+        broken = checkpoint["broken"] if len(checkpoint["broken"]) == len(broken) else broken
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["teacher"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, base in zip(optimizer.param_groups, (args.lr, args.head_lr)):
+            group["base"] = base
         checkpoint = None  # as large as networks and optimizer together
+    named = set(broken[:-1].nonzero().flatten().tolist())
+    averaged = float_tensors(teacher), float_tensors(student)
     run_student, run_teacher, make_labels = student, teacher, pseudo_labels
     if world > 1:
         run_student = DistributedDataParallel(student, broadcast_buffers=False)
+    if args.compile:
+        args.compile = compiles(device)
     if args.compile:
         run_teacher, make_labels = torch.compile(teacher, dynamic=False), torch.compile(pseudo_labels)
         if world == 1 or device.type == "cpu":  # SyncBatchNorm breaks the graph at every layer
@@ -173,40 +197,47 @@ def main(args):
         data, range(first, args.iters), args.batch_size, args.crop, args.framework, args.seed, args.workers,
         rank, world, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    board = open_run(args, data, first, rank, device)
-    stop = []  # the stop signals that have come; looked at when the run logs
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda number, _: stop.append(number))
-    scores, saved, since, losses = None, time.monotonic(), time.perf_counter(), torch.zeros(3, device=device)
-    logged = first
+    board, lock = open_run(args, data, first, rank, device)
+    stop = stop_signals(rank, world)
+    scores, losses = None, torch.zeros(3, device=device)
+    logged, logged_at = first, time.monotonic()
+    saved_at = logged_at
 
     # --- the loop: one step of training, Sec. 3.3
     for step, batch in enumerate(loader, first):
+        unlabeled = not supervised and step >= args.warmup_iters
+        if not supervised:
+            broken[batch.pop("broken")] = 1
         batch = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
+        x, y = normalize(batch["x"]), batch["y"]  # (B,3,H,W), (B,H,W)
+        if unlabeled:
+            weak, valid = normalize(batch["weak"]), batch["valid"]  # the same crop; valid is False on padding
+            views = [weak]
+            if args.framework != "cutmixseg":
+                samples = sample_numbers(step, args.batch_size, rank, world)
+                streams = range(STRONG_VIEWS[args.framework])
+                views = [normalize(strong_views(batch["weak"], args.seed, samples, stream)) for stream in streams]
         rng = generator(args.seed, "step", step, rank)  # for CutMix, and through the next line for dropout
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.iters, group["base"], args.power)
-        x, y = normalize(batch["x"]), batch["y"]  # (B,3,H,W), (B,H,W)
-        unlabeled = not supervised and step >= args.warmup_iters
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             if unlabeled:
-                weak, valid = normalize(batch["weak"]), batch["valid"]  # the same crop; valid is False on padding
-                strong = weak
-                if args.framework == "fixmatch":
-                    numbers = sample_numbers(step, args.batch_size, rank, world)
-                    strong = normalize(strong_views(batch["weak"], args.seed, numbers))
                 with torch.no_grad():
                     prob = run_teacher(weak).softmax(1)  # (B,C,H,W)
                 alpha = dpa_alpha(step, args.iters, args.alpha0)  # Eq. 6
                 pseudo = make_labels(prob, alpha, valid=valid, **options)  # Eqs. 4-10
-                strong, target, mixed_valid = cutmix(rng, args.cutmix, strong, pseudo.label, valid)
-                logits_x, logits_u = run_student(torch.cat([x, strong])).split([len(x), len(strong)])
+                mixed = [cutmix(rng, args.cutmix, view, pseudo.label, valid) for view in views]
+                strong, target, mixed_valid = (torch.cat(parts) for parts in zip(*mixed))  # of all views: (VB,...)
+                drop = None
+                if args.framework == "unimatch":
+                    drop = complementary_dropout(len(x), len(weak), student.deep_channels, device)
+                logits_x, logits_u = run_student(torch.cat([x, strong]), drop).split([len(x), len(strong)])
             else:
                 logits_x = run_student(x)
         if args.sup_loss == "ohem":
-            y = hard_pixels(logits_x, y)
+            y = ohem(logits_x, y)
         loss = loss_x = cross_entropy(logits_x, y, count(y != IGNORE))  # Eq. 2
         loss_u = torch.zeros_like(loss_x)
         if unlabeled:
@@ -219,7 +250,7 @@ def main(args):
         optimizer.step()
         if world > 1 and device.type == "cpu":  # on GPUs SyncBatchNorm does it
             average_statistics(student, world)
-        update_teacher(teacher, student, ema_decay(max(0, step - args.warmup_iters), args.ema))
+        update_teacher(*averaged, ema_decay(max(0, step - args.warmup_iters), args.ema))
         losses += torch.stack([loss, loss_x, loss_u]).detach()
 
         # --- log, evaluation, checkpoint
@@ -227,15 +258,18 @@ def main(args):
         evaluating = done == args.iters or done % args.eval_steps == 0
         if not (evaluating or done % args.log_every == 0 or (stop and world == 1)):
             continue
-        mean = (over_processes(losses) / (world * (done - logged))).tolist()
+        mean = (all_reduce(losses) / (world * (done - logged))).tolist()
         if not math.isfinite(mean[0]):
             raise not_finite(f"the loss is {mean[0]} between the steps {logged + 1} and {done}", out)
         record = {"event": "train", "step": done, "epoch": done / args.steps_per_epoch}
         record |= {"lr": optimizer.param_groups[0]["lr"], "loss": mean[0], "loss_x": mean[1]}
         if unlabeled:
-            counts = over_processes(label_counts(prob, pseudo, batch["truth"], valid, options))
+            counts = all_reduce(label_counts(prob, pseudo, batch["truth"], valid, options))
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
-        record["seconds_per_step"] = (time.perf_counter() - since) / (done - logged)
+        broken = all_reduce(broken.to(device), dist.ReduceOp.MAX).cpu()
+        report_broken(data, broken, named, rank)
+        record |= {"broken": len(named)} if named else {}
+        record["seconds_per_step"] = (time.monotonic() - logged_at) / (done - logged)
         record["images_per_second"] = args.batch_size * world * (1 + unlabeled) / record["seconds_per_step"]
         if device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -248,28 +282,28 @@ def main(args):
             scores = evaluate(teacher, data, data.val, device, protocol, args.workers, rank, world)
             improved, best = scores["miou"] > best, max(best, scores["miou"])
             write_record(out, board, rank, {"event": "val", "step": done, "epoch": record["epoch"]} | scores)
-        if rank == 0 and evaluating:
-            print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
+            if rank == 0:
+                print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
+        if rank == 0 and evaluating and not stop:
             picture = panel(teacher, data, panel_items(data), device, vars(args), prior)
             VF.to_pil_image(picture).save(out / "panels" / f"step-{done:06d}.png")
             if board:
                 board.add_image("panel", picture, done)
         stopping = torch.tensor(max(stop, default=0), device=device)
-        stopping = over_processes(stopping, dist.ReduceOp.MAX).item()  # that of any process
+        stopping = all_reduce(stopping, dist.ReduceOp.MAX).item()  # that of any process
         # Saved after evaluating, or a resumed run would skip that evaluation.
-        if rank == 0 and (evaluating or stopping or time.monotonic() - saved > 60 * args.save_every):
+        if rank == 0 and (evaluating or stopping or time.monotonic() - saved_at > 60 * args.save_every):
             if not all(parameter.isfinite().all() for parameter in student.parameters()):
                 raise not_finite(f"weights are not finite after step {done}", out)
             run = {
                 "step": done, "best": best, "args": vars(args), "classes": list(data.classes), "prior": prior,
                 "labeled": [item.id for item in data.labeled], "unlabeled": [item.id for item in data.unlabeled],
-                "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
+                "broken": broken, "student": student.state_dict(), "teacher": teacher.state_dict(),
+                "optimizer": optimizer.state_dict(),
             }  # fmt: skip
             for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
                 save_checkpoint(run, out / name)
-            if args.keep_checkpoints and evaluating:
-                save_checkpoint(run, out / f"step-{done:06d}.pth")
-            saved = time.monotonic()
+            saved_at = time.monotonic()
         if stopping:
             if rank == 0:
                 name = signal.Signals(stopping).name
@@ -277,15 +311,15 @@ def main(args):
             if world > 1:
                 dist.barrier()  # torchrun ends all processes as soon as one has ended
             sys.exit(128 + stopping)
-        since, logged = time.perf_counter(), done
+        logged, logged_at = done, time.monotonic()
         losses.zero_()
     if rank == 0:
         print(table(scores) if scores else f"nothing to do: {out / 'last.pth'} is at step {first} of {args.iters}")
         print(f"score it again with: python evaluate.py {out / 'last.pth'}")
 
 
-def settle_length(args, data, world):
-    """Epochs into steps: steps_per_epoch, iters, warmup_iters, eval_steps. An epoch is a pass over the unlabeled
+def epochs_to_steps(args, data, world, device):
+    """Adds steps_per_epoch, iters, warmup_iters and eval_steps to the arguments. An epoch is a pass over the unlabeled
     images, in a supervised run over the labeled ones. Raises InputError for a batch of one or an endless warm-up."""
     images = data.labeled if args.framework == "supervised" else data.unlabeled
     args.steps_per_epoch = math.ceil(len(images) / (args.batch_size * world))
@@ -295,7 +329,8 @@ def settle_length(args, data, world):
         args.warmup_iters = args.warmup_epochs * args.steps_per_epoch
     args.eval_steps = args.eval_every * args.steps_per_epoch if args.eval_every else math.ceil(args.iters / 10)
     args.processes = world
-    if args.batch_size == 1 and world == 1 and (args.framework == "supervised" or args.warmup_iters):
+    alone = args.batch_size == 1 and (world == 1 or device.type == "cpu")  # GPUs share BatchNorm's statistics
+    if alone and (args.framework == "supervised" or args.warmup_iters):
         raise InputError("--batch-size 1 leaves BatchNorm a single value in a batch of labeled images; use 2 or more")
     if args.framework != "supervised" and args.warmup_iters >= args.iters:
         raise InputError(
@@ -304,68 +339,144 @@ def settle_length(args, data, world):
         )
 
 
-def find_checkpoint(args, data):
-    """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder."""
+def find_checkpoint(args, data, rank):
+    """With --resume the last checkpoint of --out, if there is one. Raises InputError for another run's folder.
+
+    Another number of processes with the same images a step, another path of the same list, fewer unlabeled images (a
+    broken one was taken away) and a lower learning rate continue the run; the latter two are said aloud.
+    """
     out, last = Path(args.out), Path(args.out) / "last.pth"
-    if not args.resume and (out / "args.json").exists():
-        raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if not (args.resume and last.exists()):
         return None
     checkpoint = load_checkpoint(last)
-    saved, now = checkpoint["args"], vars(args)
-    changed = [name for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
-    changes = [f"{name} was {saved.get(name)} and is {now[name]}" for name in changed]
-    for part in ("labeled", "unlabeled"):
-        if checkpoint[part] != [item.id for item in getattr(data, part)]:
-            changes.append(f"the {part} images are others")
+    saved, now, changes, said = checkpoint["args"], vars(args), [], []
+    ids = {part: [item.id for item in getattr(data, part)] for part in ("labeled", "unlabeled")}
+    gone = len(checkpoint["unlabeled"]) - len(ids["unlabeled"])
+    if gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
+        said.append(f"{gone} unlabeled images fewer")
+        ids["unlabeled"] = checkpoint["unlabeled"]
+        for name in ("steps_per_epoch", "iters", "warmup_iters", "eval_steps"):
+            now[name] = saved[name]
+    for name in now.keys() - MAY_CHANGE:
+        if saved.get(name) != now[name]:
+            lower = name in ("lr", "head_lr") and now[name] < saved[name]
+            (said if lower else changes).append(f"{name} was {saved.get(name)} and is {now[name]}")
+    images = [some["batch_size"] * some["processes"] for some in (saved, now)]
+    if images[0] != images[1]:
+        changes.append(f"batch size x processes was {images[0]} and is {images[1]}")
+    changes += [f"the {part} images are others" for part in ids if ids[part] != checkpoint[part]]
     if changes or checkpoint["classes"] != list(data.classes):
-        raise InputError(f"--resume: {out} is another run, {', '.join(changes) or 'other classes'}; use another --out")
+        found = ", ".join(sorted(changes)) or "other classes"
+        raise InputError(f"--resume: {out} is another run, {found}; use another --out")
+    if said and rank == 0:
+        print(f"--resume: {', '.join(said)}", file=sys.stderr)
     return checkpoint
 
 
 def open_run(args, data, first, rank, device):
     """Makes --out, writes args.json, drops the lines of metrics.jsonl after step `first`, says what the run is.
 
-    Returns the writer of --tensorboard, or None. Raises InputError where processes found different checkpoints.
+    Returns (the writer of --tensorboard or None, args.json, which stays locked while it is open). Raises InputError if
+    another process writes there, or if processes found different checkpoints.
     """
     out, world = Path(args.out), args.processes
-    steps = over_processes(torch.tensor([first, -first], device=device), dist.ReduceOp.MAX)
+    steps = all_reduce(torch.tensor([first, -first], device=device), dist.ReduceOp.MAX)
     if steps[0] != -steps[1]:
         raise InputError(f"--resume: the processes find different checkpoints in {out}; use a shared folder")
     if rank != 0:
-        return None
+        return None, None
     if args.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
-    (out / "panels").mkdir(parents=True, exist_ok=True)
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-    metrics.with_suffix(".tmp").write_text("".join(whole))  # a kill may have cut the last line
-    os.replace(metrics.with_suffix(".tmp"), metrics)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    settled = vars(args) | versions | {"commit": git.stdout.strip() or None}
-    (out / "args.json").write_text(json.dumps(settled, indent=2) + "\n")
+    settled, metrics = vars(args) | versions | {"commit": git.stdout.strip() or None}, out / "metrics.jsonl"
+    try:
+        (out / "panels").mkdir(parents=True, exist_ok=True)
+        lock = open(out / "args.json", "a+")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends, however it ends
+        if lock.tell() and not args.resume:
+            raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        lock.truncate(0)
+        print(json.dumps(settled, indent=2), file=lock, flush=True)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        metrics.with_suffix(".tmp").write_text("".join(whole))  # a kill may have cut the last line
+        os.replace(metrics.with_suffix(".tmp"), metrics)
+    except BlockingIOError as error:
+        raise InputError(f"another process is training in {out}; wait for it, or choose another --out") from error
+    except OSError as error:
+        raise cannot_write(out, error) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    sizes = [len(data.labeled), len(data.unlabeled), len(data.val)]
-    print(f"{data.name}: {sizes[0]} labeled, {sizes[1]} unlabeled, {sizes[2]} validation images")
-    print(f"{args.framework}, {args.backbone} on {world} x {name}; ", end="")
     more = f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} of labeled ones only"
     more = " images" if args.framework == "supervised" else more
-    print(f"{args.iters} steps of {args.batch_size} labeled{more}", end="")
-    print(f"\n{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
-    return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None
+    labeled, unlabeled, val = len(data.labeled), len(data.unlabeled), len(data.val)
+    print(f"{data.name}: {labeled} labeled, {unlabeled} unlabeled, {val} validation images")
+    print(f"{args.framework}, {args.backbone} on {world} x {name}; {args.iters} steps of "
+          f"{args.batch_size} labeled{more}")
+    print(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}", flush=True)
+    if args.batch_size == 1 and args.framework != "supervised" and args.cutmix:
+        print("warning: with one image per process CutMix has no second image and changes nothing", file=sys.stderr)
+    return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None, lock
+
+
+def compiles(device):
+    """Whether torch.compile works here; if not, says why in one sentence."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a GPU too old
+        print(f"warning: trains without --compile ({str(error).splitlines()[0]})", file=sys.stderr)
+        return False
+    return True
+
+
+def stop_signals(rank, world):
+    """A list that gets the stop signals which come from now on; a second Ctrl-C ends a lone process at once."""
+    received = []
+
+    def receive(number, _):
+        if received and number == signal.SIGINT and world == 1:
+            os._exit(128 + number)
+        if not received and rank == 0:
+            said = f"{signal.Signals(number).name}: saves as soon as this step or evaluation is done; again: at once\n"
+            os.write(2, said.encode())  # print could be interrupted by itself
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, receive)
+    return received
+
+
+def report_broken(data, broken, named, rank):
+    """Says once which unlabeled images cannot be read: those where `broken` is 1; `named` gets their indices.
+
+    Raises InputError if they are more than one in twenty.
+    """
+    for index in broken[:-1].nonzero().flatten().tolist():
+        if index not in named and rank == 0:
+            try:
+                read(data.unlabeled[index], data)
+            except InputError as error:
+                print(f"warning: {error}; others take its place", file=sys.stderr, flush=True)
+        named.add(index)
+    if len(named) > len(data.unlabeled) / 20:
+        raise InputError(
+            f"{len(named)} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
+            "replace or remove them, then use --resume"
+        )
 
 
 def write_record(out, board, rank, record):
     """Appends a line to metrics.jsonl, and its numbers to TensorBoard."""
     if rank != 0:
         return
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise cannot_write(out / "metrics.jsonl", error) from error
     for name, value in record.items() if board else ():
         if isinstance(value, (int, float)):
             board.add_scalar(f"{record['event']}/{name}", value, record["step"])
@@ -383,14 +494,6 @@ def progress(record, args):
     return f"{line}  {record['images_per_second']:.1f} images/s"
 
 
-def average_statistics(network, world):
-    """BatchNorm's running statistics become their mean over the processes."""
-    for statistic in network.buffers():
-        if statistic.is_floating_point():
-            dist.all_reduce(statistic)
-            statistic /= world
-
-
 def not_finite(what, out):
     """The error for a loss or weights that are not finite."""
     last = out / "last.pth"
@@ -404,97 +507,95 @@ def not_finite(what, out):
 
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
-    given = {name for name, value in vars(args).items() if value is not None}
+    preset = PRESETS[args.dataset] | (SIZES[device.type] if args.dataset in ("camvid", "folder") else {})
     for pair in ({"epochs", "iters"}, {"warmup_epochs", "warmup_iters"}):
-        given |= pair if given & pair else set()
-    for dataset, devices, _, numbers in PRESETS:
-        if dataset == args.dataset and device.type in devices:
-            vars(args).update({name: value for name, value in numbers.items() if name not in given})
-    args.amp = device.type == "cuda" if args.amp is None else args.amp
+        if any(getattr(args, name) is not None for name in pair):
+            preset = {name: value for name, value in preset.items() if name not in pair}
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.amp is None:  # older GPUs only emulate bfloat16, slowly
+        args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     args.out = args.out or f"runs/{args.dataset}-{Path(args.labeled).stem}-{args.framework}-{args.seed}"
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints defaults where they say something, and presets with their sources; keeps the lines of the description."""
-
-    def _get_help_string(self, action):
-        presets = [
-            f"{dataset}{'' if devices == ANY else f' on {devices[0]}'} {numbers[action.dest]} [{source}]"
-            for dataset, devices, source, numbers in PRESETS
-            if action.dest in numbers
-        ]
-        if presets:
-            return f"{action.help}; default: {', '.join(presets)}"
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv=None):
     """The command line. What is None here takes the preset of the dataset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    presets = PRESETS | {f"camvid, folder on {device}": sizes for device, sizes in SIZES.items()}
+    lines = [": ".join((name, ", ".join(f"{key} {value}" for key, value in presets[name].items()))) for name in presets]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="[preset]: the dataset's, which the command line beats. pascal and cityscapes: Appendix D [paper], but\n"
+        "warmup_epochs [authors' code], eval_mode, ohem [common practice], workers, log_every [ours]; others [ours]\n\n"
+        + "\n".join(textwrap.fill(line, 118, subsequent_indent="    ") for line in lines),
+    )  # fmt: skip
     switch, natural, positive = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, above=True)
     share = number(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="shapes", help="shapes are drawn, nothing is downloaded")
-    add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder")
-    add("--labeled", help="number of labeled images, a file of their ids, or all")
+    add("--dataset", choices=DATASETS, default="shapes", help="default: shapes, which are drawn, nothing is downloaded")
+    add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder; default: data")
+    add("--labeled", help="number of labeled images, a file of their ids, or all [preset]")
     add("--splits", help="folder of published lists, <dataset>/<N>.txt; default: the one beside this file")
-    add("--crop", type=number(int, 32), help="side of the square training views, pixels")
-    add("--workers", type=number(int, 0), help="data-loading workers of each process")
+    add("--crop", type=number(int, 32), help="side of the square training views, pixels [preset]")
+    add("--workers", type=number(int, 0), help="data-loading workers of each process [preset]")
 
     add = parser.add_argument_group("method").add_argument
-    add("--framework", choices=("fixmatch", "cutmixseg", "supervised"), default="fixmatch",
-        help="strong view: colors and CutMix [FixMatch], CutMix [paper]; supervised: only labeled images")
-    add("--refinement", action=switch, default=True, help="Eqs. 7-10; without: the baseline [paper]")
+    add("--framework", choices=STRONG_VIEWS, default="fixmatch", help="strong view: CutMix [paper: cutmixseg]; colors "
+        "too [FixMatch], the default; two of these, and complementary dropout [UniMatch V2]; supervised: only labels")
+    add("--refinement", action=switch, default=True, help="Eqs. 7-10, on by default; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
-        choices=(3, 5, 7, "cross"), help="N x N, or the four beside the pixel [paper: 3; authors' code: cross]")
-    add("--dilation", type=natural, default=1, help="distance of the neighbors, pixels; 4: the logits' own grid [ours]")
-    add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a [paper]")
-    add("--select", choices=("max", "min", "random"), default="max", help="which neighbor, Table 4a [paper]")
-    add("--distance-weight", action=switch, default=True, help="beta of Eq. 10; without: 1 [paper]")
+        choices=(3, 5, 7, "cross"), help="N x N, default 3 [paper]; cross: the four beside the pixel [authors' code]")
+    add("--dilation", type=natural, default=1, help="distance of neighbors, pixels; 1 [paper], 4: the logits' [ours]")
+    add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a, default 1 [paper]")
+    add("--select", choices=("max", "min", "random"), default="max", help="which one, Table 4a, default max [paper]")
+    add("--distance-weight", action=switch, default=True, help="beta of Eq. 10, on by default [paper]; without: 1")
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
-    add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5 [paper]")
-    add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6 [paper]")
-    add("--threshold", type=float, help="fixed, in place of Eq. 6 [FixMatch: 0.95 with --confidence max]")
-    add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1 [ours]")
-    add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept",
-        help="divides the sum over the kept pixels: by their number, few weigh as much as many [paper, Eq. 3]; by all "
-        "valid pixels, few weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
-    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1 [paper]")
-    add("--cutmix", type=share, default=0.5, help="probability of CutMix, Appendix D [paper], for each image [ours]")
-    add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [authors' code: 1]")
-    add("--warmup-iters", type=number(int, 0), help="the same in steps, in place of --warmup-epochs")
+    add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5, default margin "
+        "[paper]; a refined maximum is never below the raw one")
+    add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; 0.4 [paper]")
+    add("--threshold", type=float, help="fixed, in place of Eq. 6: 0.95 with --confidence max [FixMatch]; refined, it "
+        "acts like 0.89 where neighbors agree")
+    add("--floor", type=float, default=0.0, help="Eq. 6's threshold is never below it [ours], default 0: none [paper]")
+    add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1, default 1 [ours]")
+    add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept", help="divides the sum over the kept "
+        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few "
+        "weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
+    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]")
+    add("--cutmix", type=share, default=0.5, help="probability of CutMix, default 0.5 [paper], for each image [ours]")
+    add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [preset]")
+    add("--warmup-iters", type=number(int, 0), help="the same in steps, in place of --warmup-epochs [preset]")
 
     add = parser.add_argument_group("model").add_argument
-    add("--backbone", choices=ENCODERS, help="torchvision's; resnet10 is for CPUs [paper: resnet101]")
-    add("--weights", help="imagenet, none, or a file with torchvision's state dict [paper: imagenet]")
-    add("--output-stride", type=int, choices=(16, 8), default=16, help="8 needs more memory [authors' code: 8]")
+    add("--backbone", choices=ENCODERS, help="torchvision's encoder; resnet10 is for CPUs [preset]")
+    add("--weights", help="imagenet, none, or a file with torchvision's state dict [preset]")
+    add("--output-stride", type=int, choices=(16, 8), default=16, help="default 16; 8, for more memory [authors' code]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: the labeled, 1,000 steps or more")
-    add("--iters", type=natural, help="steps, in place of --epochs; compares a supervised run at equal length")
-    add("--batch-size", type=natural, help="labeled and unlabeled images each, per process")
-    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9 [paper], or AdamW [ours]")
-    add("--lr", type=positive, help="learning rate of the encoder")
-    add("--head-lr", type=positive, help="learning rate of everything else")
-    add("--weight-decay", type=number(float, 0), help="of all parameters")
-    add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: only their hard pixels")
-    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, Appendix D [paper]")
+    add("--epochs", type=natural, help="passes over the unlabeled images; supervised: the labeled, 1,000 steps or more "
+        "[preset]")
+    add("--iters", type=natural, help="steps, in place of --epochs; compares a supervised run at equal length [preset]")
+    add("--batch-size", type=natural, help="labeled and unlabeled images each, per process [preset]")
+    add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9, or AdamW [preset]")
+    add("--lr", type=positive, help="learning rate of the encoder [preset]")
+    add("--head-lr", type=positive, help="learning rate of everything else [preset]")
+    add("--weight-decay", type=number(float, 0), help="of all parameters [preset]")
+    add("--sup-loss", choices=("ce", "ohem"), help="of the labeled images; ohem: only their hard pixels [preset]")
+    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, default 0.9 [paper]")
 
     add = parser.add_argument_group("run").add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
-    add("--amp", action=switch, help="bfloat16 autocast; default: on CUDA")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
+    add("--amp", action=switch, help="bfloat16 autocast; default: on GPUs that compute in it")
     add("--compile", action=switch, default=False, help="torch.compile teacher, pseudo-labels and, on one GPU, student")
     add("--deterministic", action=switch, default=False, help="ask for deterministic CUDA kernels; the CPU's are")
-    add("--seed", type=number(int, 0), default=0, help="random seed")
+    add("--seed", type=number(int, 0), default=0, help="random seed, default 0")
     add("--eval-every", type=natural, help="epochs between evaluations; default: a tenth of the run")
-    add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows of --crop, center crop of --crop")
-    add("--log-every", type=natural, help="steps between log lines")
-    add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, besides evaluations")
-    add("--keep-checkpoints", action=switch, default=False, help="keep that of every evaluation, as step-N.pth")
+    add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows or a center crop of --crop [preset]")
+    add("--log-every", type=natural, help="steps between log lines [preset]")
+    add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, default 10")
     add("--tensorboard", action=switch, default=False, help="log and panels for TensorBoard too")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<framework>-<seed>")
-    add("--resume", action="store_true", help="continue the run in --out; starts it where there is no checkpoint yet")
+    add("--resume", action="store_true", help="continue the run in --out; starts it if there is no checkpoint yet")
     args = parser.parse_args(argv)
     if (args.epochs and args.iters) or None not in (args.warmup_epochs, args.warmup_iters):
         parser.error("--epochs and --iters are the same length, as are their --warmup-...; expected one of them")

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image, ImageFilter, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional as VF
 from trees import camvid, cityscapes, folder, pascal, save_palette
 
 import data as D
@@ -508,7 +509,7 @@ def test_a_view_is_a_part_of_the_image_resized_as_pillow_does():
         flip = rng.random() < 0.5
         for one, other, kind in ((view, image, "BILINEAR"), (label[None], mask, "NEAREST")):
             part = other.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling[kind])
-            part = pil_to_tensor(ImageOps.mirror(part) if flip else part)
+            part = VF.pil_to_tensor(ImageOps.mirror(part) if flip else part)
             assert (one.int() - part.int()).abs().max() <= (kind == "BILINEAR")
         assert valid.all()
 
@@ -536,21 +537,71 @@ def test_scales_and_flips_are_spread_as_promised():
     assert np.mean(steps) == pytest.approx(1.25, abs=0.08)
 
 
-def test_the_strong_view_changes_colors_and_nothing_else():
-    weak = random_view(*numbered_image(150, 150), 64, (0.5, 2.0), np.random.default_rng(0))[0]
-    strong = D.strong_views(torch.stack([weak] * 20), 0, range(20))
-    assert strong.shape == (20, *weak.shape) and strong.dtype == torch.uint8
-    assert sum(not torch.equal(view, weak) for view in strong) > 15
-    assert torch.equal(D.strong_views(weak[None], 0, [3])[0], strong[3])  # whatever the rest of the batch
-    assert not torch.equal(D.strong_views(weak[None], 1, [3])[0], strong[3])
+def plain_strong_view(weak, factors, places, gray, sigma):
+    """torchvision's functions one after the other, without rounding."""
+    x = VF.to_dtype(weak, torch.float32, scale=True)
+    jitter = (VF.adjust_brightness, VF.adjust_contrast, VF.adjust_saturation, VF.adjust_hue)
+    for part in np.argsort(places):
+        x = jitter[part](x, float(factors[part]))
+    x = VF.rgb_to_grayscale(x, 3) if gray else x
+    return 255 * (VF.gaussian_blur(x, [9, 9], [sigma, sigma]) if sigma >= 0.1 else x)
 
 
-def test_strong_views_leave_the_generator_of_everything_else_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    D.strong_views(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 0, range(2))
-    assert torch.equal(torch.rand(1), expected)
+@pytest.mark.parametrize("stream", [0, 1])
+def test_strong_views_are_torchvision_s(stream):
+    weak = torch.randint(0, 256, (96, 3, 21, 30), dtype=torch.uint8)
+    weak[:16] = weak[:16, :1]  # gray
+    weak[16:40] = weak[16:40] // 128 * 255  # black, white and full colors: two channels are often equal
+    weak[40:56] = weak[40:56, :, :1, :1]  # one color everywhere
+    with torch.autocast("cpu", torch.bfloat16):
+        strong = D.strong_views(weak, 3, range(5, 101), stream)
+    expected = [plain_strong_view(x, *D.strong_parameters(3, n, stream)) for n, x in enumerate(weak, 5)]
+    torch.testing.assert_close(strong, torch.stack(expected), atol=0.01, rtol=0)  # of 255
+    torch.testing.assert_close(strong[40:56], strong[40:56, :, :1, :1].expand(-1, -1, 21, 30), atol=0.001, rtol=0)
+
+
+def test_strong_parameters_have_the_promised_ranges_and_shares():
+    factors, places, gray, sigmas = map(np.array, zip(*(D.strong_parameters(0, n) for n in range(4000))))
+    jitter, blur = (factors != (1, 1, 1, 0)).all(1), sigmas >= 0.1
+    shares = [jitter, gray, blur, jitter & gray, jitter & blur, gray & blur]  # each on its own
+    assert np.mean(shares, 1) == pytest.approx([0.8, 0.2, 0.5, 0.16, 0.4, 0.1], abs=0.03)
+    assert (factors[~jitter] == (1, 1, 1, 0)).all() and (sigmas[~blur] == 0.01).all()
+    orders, counts = np.unique(places[jitter], axis=0, return_counts=True)
+    assert len(orders) == 24 and counts.min() > 90 and counts.max() < 180  # 133 each
+    uniform = np.linspace(0, 1, 4000)
+    for values, low, high in [*((column, 0.5, 1.5) for column in factors[jitter, :3].T),
+                              (factors[jitter, 3], -0.25, 0.25), (sigmas[blur], 0.1, 2.0)]:  # fmt: skip
+        assert farthest(values, low + (high - low) * uniform) < 0.04
+
+
+def test_a_strong_view_depends_on_seed_number_and_stream_and_on_nothing_else():
+    weak, state = torch.randint(0, 256, (6, 3, 16, 20), dtype=torch.uint8), torch.get_rng_state()
+    before, strong = weak.clone(), D.strong_views(weak, 0, range(6))
+    assert strong.shape == weak.shape and strong.dtype == torch.float32 and torch.equal(weak, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    for i in range(6):  # whatever the rest of the batch
+        torch.testing.assert_close(D.strong_views(weak[i : i + 1], 0, [i])[0], strong[i], atol=0.001, rtol=0)
+    for others in (D.strong_views(weak, 1, range(6)), D.strong_views(weak, 0, range(6, 12)),
+                   D.strong_views(weak, 0, range(6), stream=1)):  # fmt: skip
+        assert (others - strong).abs().mean() > 5
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_strong_views_of_a_whole_batch_take_sixty_operations(batch):
+    weak = torch.zeros(batch, 3, 16, 16, dtype=torch.uint8)
+    with Operations() as operations:
+        D.strong_views(weak, 0, range(batch))
+    assert 20 < operations.count <= 60
 
 
 def test_mixing_moves_image_and_maps_together():
@@ -674,7 +725,8 @@ def test_colors_are_distributed_like_the_plain_pipeline_s(rivals):
         numbers = [*strong.mean((1, 2)), gray.std(), strong.std(0).mean(), np.abs(np.diff(gray)).mean()]
         return np.round(numbers, 1)  # many images are gray or as they were
 
-    ours = np.array([features(D.strong_views(weak[None], 0, [n])[0].numpy().astype(float)) for n in range(DRAWS)])
+    views = D.strong_views(weak.expand(DRAWS, -1, -1, -1), 0, range(DRAWS)).round()  # as Pillow's are
+    ours = np.array([features(view) for view in views.double().numpy()])
     strong = (np.asarray(plain.strong(image), float).transpose(2, 0, 1) for _ in range(DRAWS))
     theirs = np.array([features(view) for view in strong])
     distances = [farthest(one, two) for one, two in zip(ours.T, theirs.T)]
@@ -726,9 +778,10 @@ def test_two_processes_see_together_what_one_sees(shapes):
 
 def test_evaluation_shares_hold_every_image_exactly_once_and_whole(shapes):
     data = open_dataset("shapes", shapes, 3)
-    seen = [pair for rank in range(2) for pair in D.evaluation_loader(data, data.val, rank=rank, world=2)]
+    shares = [list(D.evaluation_loader(data, data.val, torch.device("cpu"), 0, rank, 2)) for rank in range(2)]
+    seen = sum(shares, [])
     expected = [read(data.val[i], data) for i in (0, 2, 1)]
-    assert len(seen) == 3 and not list(D.evaluation_loader(data, data.val, rank=3, world=4))
+    assert len(seen) == 3 and not list(D.evaluation_loader(data, data.val, torch.device("cpu"), 0, 3, 4))
     for (image, mask), pair in zip(seen, expected):
         assert image.shape == (1, 3, 96, 96) and mask.shape == (1, 96, 96) and image.dtype == mask.dtype == torch.uint8
-        assert torch.equal(image[0], pil_to_tensor(pair[0])) and torch.equal(mask, pil_to_tensor(pair[1]))
+        assert torch.equal(image[0], VF.pil_to_tensor(pair[0])) and torch.equal(mask, VF.pil_to_tensor(pair[1]))

@@ -25,7 +25,6 @@ from torchvision.datasets.voc import DATASET_YEAR_DICT
 import data as D
 import evaluate as E
 import train as T
-from assets import tables
 from data import InputError, open_dataset, palette, read, save_mask
 from model import load_checkpoint, load_network
 from refine import confidence, pseudo_labels, refine
@@ -725,12 +724,3 @@ def trees_with(root, run):
     for id in labeled:
         save_mask(np.zeros((48, 64), np.uint8), root / "masks" / f"{id}.png")
     return root
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# assets/: how results are counted
-
-
-def test_differences_are_paired_by_seed():
-    assert tables.difference({0: 3.0, 1: 5.0, 2: 7.0}, {0: 1.0, 1: 4.0, 2: 4.0, 3: 9.0}) == "+2.00 ± 2.48"
-    assert tables.difference({0: 3.0}, {0: 1.0}) == "+2.00 (1 seed)" and tables.difference({}, {0: 1.0}) == ""

@@ -123,9 +123,18 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
             with torch.no_grad():
                 prob = teacher(normalize(weak)).softmax(1)
             label = pseudo_labels(prob, 0.4 * (1 - step / steps), valid=valid).label
-            strong = strong_views(weak, seed, numbers) if framework == "fixmatch" else weak
-            strong, target = cutmix(rng, 0.5, normalize(strong), label)
-            logits = student(torch.cat([normalize(x), strong]))
+            if framework == "cutmixseg":
+                parts = [cutmix(rng, 0.5, normalize(weak), label)]
+            else:
+                streams = range(2 if framework == "unimatch" else 1)
+                parts = [cutmix(rng, 0.5, normalize(strong_views(weak, seed, numbers, i)), label) for i in streams]
+            strong, target = (torch.cat(part) for part in zip(*parts))
+            drop = None
+            if framework == "unimatch":  # one of two images drops channels in one stream, and doubles them in the other
+                one = 2.0 * torch.randint(2, (batch, 512))
+                one[torch.rand(batch, 1).argsort(0)[:, 0] == 0] = 1
+                drop = torch.cat([torch.ones(batch, 512), one, 2 - one])
+            logits = student(torch.cat([normalize(x), strong]), drop)
             loss = mean_over_labeled(logits[:batch], y) + 0.5 * mean_over_labeled(logits[batch:], target)
         optimizer.zero_grad()
         loss.backward()
@@ -138,7 +147,7 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
     return student, teacher
 
 
-@pytest.mark.parametrize("framework", ["fixmatch", "cutmixseg"])
+@pytest.mark.parametrize("framework", ["fixmatch", "cutmixseg", "unimatch"])
 def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
     saved = run(
         f"--framework {framework} --iters 16 --warmup-iters 4 --seed 7 --lambda-u 0.5 "
@@ -147,44 +156,6 @@ def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
     for part, network in zip(("student", "teacher"), plain_loop(root, framework)):
         for name, expected in network.state_dict().items():
             assert torch.equal(saved[part][name], expected) or not expected.is_floating_point(), (part, name)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("shapes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.SHAPES_VAL", 2)  # they are drawn after the training images
-        open_dataset("shapes", root, 24)
-    return root
-
-
-RECORDED = {  # mean loss_x of the steps 1-4; loss_x, loss_u of 5-8; sum of |change| of student and teacher
-    "fixmatch": ((1.8340, 1.3035, 0.8933), (4666.7, 3713.2)),
-    "cutmixseg": ((1.8340, 1.2457, 0.8688), (4690.9, 3732.1)),
-}
-
-
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="recorded where random weights are made by AVX2",
-)
-@pytest.mark.parametrize("framework", RECORDED)
-def test_sixteen_steps_end_in_the_recorded_weights(tmp_path, shapes, framework):
-    # Recorded before the code was redesigned, which left them the same bit for bit. They change with a CPU's rounding,
-    # by four thousandths so far; the exact test is the one above.
-    options = f"--root {shapes} --iters 16 --warmup-iters 4 --log-every 4 --eval-every 99 --workers 0 --device cpu"
-    T.main(T.parse_args([*options.split(), "--framework", framework, "--out", str(tmp_path)]))
-    losses, moved = RECORDED[framework]
-    first, second = lines(tmp_path)[:2]
-    assert (first["loss_x"], second["loss_x"], second["loss_u"]) == pytest.approx(losses, rel=1e-2)
-    torch.manual_seed(0)
-    begin = DeepLabV3Plus("resnet10", 7).state_dict()
-    saved = torch.load(tmp_path / "last.pth", weights_only=True)
-    for part, expected in zip(("student", "teacher"), moved):
-        change = sum(
-            (saved[part][name].double() - begin[name].double()).abs().sum() for name in begin if "num_" not in name
-        )
-        assert change.item() == pytest.approx(expected, rel=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,17 +195,17 @@ def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
     label[0, :3] = 255
     own = label.clamp(max=4).long()[:, None]
     prob, labeled = logits.softmax(1).gather(1, own)[:, 0], label != 255
-    mined = T.hard_pixels(logits, label, per_image=1)
+    mined = T.ohem(logits, label, per_image=1)
     assert torch.equal(mined != 255, labeled & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
     sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(own[:, 0], 5).movedim(-1, 1)
-    prob, kept = sure.softmax(1).gather(1, own)[:, 0], T.hard_pixels(sure, label, per_image=5) != 255
+    prob, kept = sure.softmax(1).gather(1, own)[:, 0], T.ohem(sure, label, per_image=5) != 255
     assert kept.sum() == 10 and prob[kept].max() <= prob[labeled & ~kept].min() and prob[labeled].min() > 0.7
-    assert torch.equal(T.hard_pixels(sure, label, per_image=1000), label)  # more than there are: all of them
+    assert torch.equal(T.ohem(sure, label, per_image=1000), label)  # more than there are: all of them
 
 
 def test_hard_example_mining_changes_only_the_supervised_loss(run, tmp_path, monkeypatch):
-    hard_pixels = T.hard_pixels
-    monkeypatch.setattr(T, "hard_pixels", lambda logits, label: hard_pixels(logits, label, sure=0, per_image=50))
+    ohem = T.ohem
+    monkeypatch.setattr(T, "ohem", lambda logits, label: ohem(logits, label, sure=0, per_image=50))
     for kind in ("ce", "ohem"):
         run(f"--iters 1 --log-every 1 --sup-loss {kind}", out=kind)
     plain, mined = (lines(tmp_path / kind)[0] for kind in ("ce", "ohem"))
@@ -679,7 +650,9 @@ def resolved(options="", device="cuda"):
 def lengths(options, labeled, unlabeled, world=1):
     """(epoch, run, warm-up, evaluation) in steps."""
     args = resolved(options)
-    T.settle_length(args, SimpleNamespace(labeled=range(labeled), unlabeled=range(unlabeled)), world)
+    T.epochs_to_steps(
+        args, SimpleNamespace(labeled=range(labeled), unlabeled=range(unlabeled)), world, torch.device("cuda")
+    )
     return args.steps_per_epoch, args.iters, args.warmup_iters, args.eval_steps
 
 
@@ -736,7 +709,7 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
 
 
 @pytest.mark.parametrize("dataset", T.DATASETS)
-@pytest.mark.parametrize("device", T.ANY)
+@pytest.mark.parametrize("device", T.SIZES)
 def test_a_preset_leaves_nothing_open_but_what_has_another_meaning(dataset, device):
     args = vars(resolved(f"--dataset {dataset}", device=device))
     missing = {name for name, value in args.items() if value is None}

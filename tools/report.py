@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import IGNORE, InputError, evaluation_loader, open_dataset  # noqa: E402
 from evaluate import Protocol, image_threshold, near_contour, number, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
-from model import load_checkpoint, load_network, start_processes  # noqa: E402
+from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, refine  # noqa: E402
 
 COVERAGES = (20, 40, 60, 80, 90)  # percent
@@ -44,10 +43,9 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
     labels = torch.zeros(2, classes * 4, dtype=torch.long, device=device)
     bins = torch.zeros(2, 4 * BINS, dtype=torch.long, device=device)
     protocol = Protocol(run["eval_mode"], run["crop"])
-    for image, truth in evaluation_loader(data, items, 0, rank, world):
-        truth = truth.to(device)
+    for image, truth in evaluation_loader(data, items, device, 0, rank, world):
         known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
-        prob = predict(network, image.to(device), protocol)
+        prob = predict(network, image, protocol)
         threshold = image_threshold(prob, run)
         for i, p in enumerate((prob, refine(prob, **options))):
             label, conf = p.argmax(1), confidence(p, kind)
@@ -56,10 +54,8 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
             labels[i] += torch.bincount(place[known], minlength=labels.shape[1])
             place = (near * 2 + right) * BINS + (uncertainty(conf, kind, classes).view(torch.int32) >> 15)
             bins[i] += torch.bincount(place[known], minlength=bins.shape[1])
-    if world > 1:
-        dist.all_reduce(labels)
-        dist.all_reduce(bins)
-    return labels.view(2, classes, 2, 2).cpu().numpy(), bins.view(2, 2, 2, BINS).cpu().numpy()
+    labels, bins = (all_reduce(counts).cpu().numpy() for counts in (labels, bins))
+    return labels.reshape(2, classes, 2, 2), bins.reshape(2, 2, 2, BINS)
 
 
 def coverage_accuracy(counts):
@@ -109,7 +105,7 @@ def table(report):
 
 
 def read_log(run):
-    """The lines of a run's metrics.jsonl about pseudo-labels. Raises InputError where there are none."""
+    """The lines of a run's metrics.jsonl about pseudo-labels. Raises InputError if there are none."""
     metrics = run / "metrics.jsonl"
     whole = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.is_file() else []  # the last may be cut
     lines = [line for line in map(json.loads, whole) if "kept" in line]
@@ -118,23 +114,24 @@ def read_log(run):
     return lines
 
 
+CURVES = {  # of Figs. 4 and 5, {title: {legend: key of the log}}
+    "given a label": {"refined": "kept", "raw": "kept_raw"},
+    "right, of these": {"refined": "correct", "raw": "correct_raw"},
+    "added by refinement": {"right labels": "tp_change", "wrong labels": "fp_change"},
+}
+
+
 def draw_figures(lines, bins, folder):
-    """Figs. 4 and 5 from lines of metrics.jsonl, Fig. 6 from the bins of `count_labels`, as PNG. Returns the files."""
+    """Figs. 4 and 5 from lines of metrics.jsonl, Fig. 6 from the bins of `count_labels`, as PNG."""
     from matplotlib.figure import Figure
 
-    def curves(axes, title, keys):
-        """The values of several keys over steps, {legend: key}."""
-        for legend, key in keys.items():
+    figures = [Figure(figsize=(5 * panels, 3.6), layout="constrained") for panels in (2, 1, 1)]
+    for axes, (title, curves) in zip((*figures[0].subplots(1, 2), figures[1].subplots()), CURVES.items()):
+        for legend, key in curves.items():
             there = [line for line in lines if key in line]
             axes.plot([line["step"] for line in there], [100 * line[key] for line in there], label=legend)
         axes.set(title=title, xlabel="step", ylabel="% of the pixels")
         axes.legend()
-
-    figures = [Figure(figsize=(5 * panels, 3.6), layout="constrained") for panels in (2, 1, 1)]
-    left, right = figures[0].subplots(1, 2)
-    curves(left, "given a label", {"refined": "kept", "raw": "kept_raw"})
-    curves(right, "right, of these", {"refined": "correct", "raw": "correct_raw"})
-    curves(figures[1].subplots(), "added by refinement", {"right labels": "tp_change", "wrong labels": "fp_change"})
     axes, edges = figures[2].subplots(), np.linspace(0, 1, 41)
     sure = 1 - ((np.arange(BINS, dtype=np.int32) << 15) + (1 << 14)).view(np.float32).clip(0, 1)  # of each bin's middle
     for legend, counts in (("refined", bins[1]), ("raw", bins[0])):  # the colors of Fig. 4
@@ -142,11 +139,10 @@ def draw_figures(lines, bins, folder):
         axes.stairs(100 * pixels / pixels.sum(), edges, label=legend)
     axes.set(title="confidence", xlabel="unsure to sure", ylabel="% of the pixels", yscale="log")
     axes.legend()
-    files = [folder / f"fig{number}.png" for number in (4, 5, 6)]
     folder.mkdir(parents=True, exist_ok=True)
-    for figure, file in zip(figures, files):
-        figure.savefig(file, dpi=150)
-    return files
+    for i, figure in enumerate(figures, 4):
+        figure.savefig(folder / f"fig{i}.png", dpi=150)
+        print(f"wrote {folder / f'fig{i}.png'}")
 
 
 def parse_args(argv=None):
@@ -194,8 +190,8 @@ def main(args):
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(about | report, indent=2) + "\n")
-    for file in draw_figures(lines, bins, Path(args.figures)) if args.figures else ():
-        print(f"wrote {file}")
+    if args.figures:
+        draw_figures(lines, bins, Path(args.figures))
 
 
 if __name__ == "__main__":
