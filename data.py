@@ -401,9 +401,10 @@ def check_annotations(data):
     labeled, val = pixels[:, : len(data.classes)] > 0
     absent = [name for name, there in zip(data.classes, labeled) if not there]
     if labeled.sum() < 2:
+        tool = "own_images.py" if data.name == "folder" else f"prepare.py check --dataset {data.name}"
         raise InputError(
-            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes; expected "
-            f"two or more, `python tools/prepare.py check --dataset {data.name}` says what the masks hold"
+            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes, and "
+            f"{IGNORE} is none; expected two or more, `python tools/{tool}` says what the masks hold"
         )
     if not val.any():
         raise InputError(f"the validation masks of {data.name} are all {IGNORE}; expected class indices to score")

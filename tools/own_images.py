@@ -94,15 +94,18 @@ def carriers(found, pixels, solid):
     """Of codes (n,k) those that stand for classes if the others are blended at edges; None if nothing is blended.
 
     solid: the pixels that complete a square of 2 x 2 of their code; in areas most do, at blended edges few. Blended are
-    at least three codes, half of all. A thin class stands out among them; what is near a color is the same color.
+    a third of all codes, two between those of areas or ten. A thin class has many more pixels than they; what is near a
+    color is the same color.
     """
     thin = solid < pixels / 3
-    if thin.sum() < max(3, len(found) / 2):
+    low, high = found[~thin].min(0, initial=np.inf), found[~thin].max(0, initial=-np.inf)
+    between = (thin[:, None] & (low <= found) & (found <= high)).all(1)
+    if thin.sum() < max(2 if between.sum() > 1 else 10, len(found) / 3):
         return None
     usual, total, kept = pixels[thin].mean(), pixels[thin].sum(), []
     heavy = (solid > pixels / 1.5) & (pixels > usual) | (pixels > 10 * usual) & (pixels > total / 10)
     for place in np.flatnonzero(heavy)[np.argsort(-pixels[heavy])]:
-        value = found.shape[1] == 1 and solid[place] > 0.9 * pixels[place]
+        value = found.shape[1] == 1 and solid[place] > 0.75 * pixels[place]
         if not kept or value or distances(found[[place]], kept).min() > NEAR:
             kept.append(tuple(found[place].tolist()))
     return sorted(kept)
@@ -128,7 +131,7 @@ def read_table(file):
         fits = len(code) == 1 or len(code) == 4 and {*code} <= {*range(256)}
         if not fits or len(code) != len([*rows, code][0]):
             raise InputError(f"--colors {file} holds {line!r}; {expected}")
-        code = (NAN,) if code != code else (0.0,) * 4 if code[3:] == (0,) else code
+        code = (NAN,) if code[0] != code[0] else (0.0,) * 4 if code[3:] == (0,) else code
         if code in rows:
             raise InputError(f"--colors {file} names {text(code)} twice; expected one class for it")
         rows[code] = found[1].strip('" ')
