@@ -8,9 +8,11 @@ a resumed run changes anything. Images travel as uint8 and are normalized on the
 """
 
 import os
+import shlex
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -53,18 +55,54 @@ class Item(NamedTuple):
     mask: Path | None
 
 
-def files(folder, suffixes=READABLE):
-    """{path below the folder, without suffix: path} of its files with one of the suffixes, sorted.
+def walk(folder, above=()):
+    """Every file below a folder in sorted order; links are followed, unless in a circle, and hidden files left out."""
+    place = os.path.realpath(folder)
+    if place in above or not os.path.isdir(place):
+        return
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from walk(path, (*above, place))
+        elif not path.name.startswith(".") and path.name.lower() not in ("thumbs.db", "desktop.ini"):
+            yield path
 
-    Raises InputError where two files differ only in their suffix.
-    """
+
+def suffix(path):
+    """In lower case, and without a space at its end."""
+    return path.suffix.lower().rstrip()
+
+
+def files(folder, suffixes=READABLE):
+    """{path below the folder, without suffix and in Unicode's composed form: path} of `walk`'s files with one of the
+    suffixes. Raises InputError where two files have one id, or a name is not UTF-8."""
     found = {}
-    for path in sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes):
-        id = path.relative_to(folder).with_suffix("").as_posix()
-        if id in found:
-            raise InputError(f"{found[id]} and {path} have the same name; remove one of them")
-        found[id] = path
+    for path in walk(folder):
+        if suffix(path) in suffixes:
+            id = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
+            if id in found:
+                raise InputError(f"{found[id]} and {path} have the same name; remove one of them")
+            if any("\ud800" <= letter <= "\udfff" for letter in id):  # how Python holds bytes that are not UTF-8
+                raise InputError(f"the name of {path} is not UTF-8; rename the file")
+            found[id] = path
     return found
+
+
+CONVERTERS = {
+    ".heic .heif": "a photograph as phones store them: `magick mogrify -format jpg *.heic` converts",
+    ".npy .npz .mat": "an array: Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
+    ".json .xml": "polygons or lists, not pixels: export masks from your tool, as Labelme's labelme2voc or CVAT's "
+    "'Segmentation mask'",
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "a camera's raw data: export JPEG files from your raw converter",
+}
+
+
+def left_out(paths):
+    """A sentence on the files that are no images by their suffix, and on what converts them; none: falsy."""
+    others = [path for path in paths if suffix(path) not in READABLE]
+    known = [(path, text) for path in others for ends, text in CONVERTERS.items() if suffix(path) in ends.split()]
+    first, advice = known[0] if known else (others[0] if others else None, "")
+    said = f"{len(others)} files are left out, for their suffix is no image's, first {first}"
+    return others and f"{said}{advice and f', which holds {advice}'}"
 
 
 def find_root(root, names, folders):
@@ -76,10 +114,28 @@ def find_root(root, names, folders):
     raise InputError(f"--root {root} is not the dataset; expected the folders {', '.join(folders)} in it{below}")
 
 
-def id_list(file):
-    """The ids in a file, one per line. Raises InputError where there are none."""
-    lines = Path(file).read_text("utf-8-sig").splitlines() if Path(file).is_file() else []
-    ids = [line.strip() for line in lines if line.strip()]
+def read_text(file):
+    """A text file in UTF-8, UTF-16 or, where it is neither, Latin-1."""
+    written = Path(file).read_bytes()
+    if written[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return written.decode("utf-16", "replace")
+    try:
+        return written.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return written.decode("latin-1")
+
+
+def id_list(file, known=()):
+    """The names in a file, one per line; as they stand in `known` where only an image's suffix, a space at the end or
+    the Unicode form is different. Raises InputError where there are none."""
+    lines = read_text(file).splitlines() if Path(file).is_file() else []
+    spelled = {id.strip(): id for id in known} | {id: id for id in known}
+    ids = []
+    for line in filter(str.strip, lines):
+        line = unicodedata.normalize("NFC", line)
+        name = line if line in spelled else line.strip()
+        bare = str(Path(name).with_suffix("")) if suffix(Path(name)) in READABLE else name
+        ids.append(spelled.get(name, spelled.get(bare, name)))
     if not ids:
         raise InputError(f"the list {file} is not there, or empty; expected one image id per line")
     return ids
@@ -88,15 +144,19 @@ def id_list(file):
 def list_folder(root, lists):
     """Items of a folder of one's own: images/, and masks/ (PNG) of the annotated ones; for validation val/ with
     the same two, or the ids of val.txt."""
-    root = find_root(root, (), ("images", "masks"))
-    images, masks = files(root / "images"), files(root / "masks", (".png",))
-    items = {id: Item(id, path, masks.get(id)) for id, path in images.items()}
+    root, parts, convert = find_root(root, (), ("images", "masks")), [], f"tools/own_images.py {shlex.quote(str(root))}"
+    for place, prefix in ((root, ""), (root / "val", "val/")):
+        images, masks = files(place / "images"), files(place / "masks")
+        others = [mask for mask in masks.values() if suffix(mask) != ".png"]
+        if others:
+            raise InputError(f"mask {others[0]} is no PNG file of class indices; `python {convert}` converts")
+        parts.append({id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()})
+    items, val = parts
     if (root / "val").is_dir():
-        images, masks = files(root / "val" / "images"), files(root / "val" / "masks", (".png",))
-        return {"train": [*items.values()], "val": [Item(f"val/{id}", images[id], masks.get(id)) for id in images]}
+        return {"train": [*items.values()], "val": [*val.values()]}
     if not (root / "val.txt").is_file():
-        raise InputError(f"{root} has neither val/ nor val.txt; `python tools/own_images.py {root}` writes val.txt")
-    ids = dict.fromkeys(id_list(root / "val.txt"))
+        raise InputError(f"{root} has neither val/ nor val.txt; `python {convert}` writes val.txt")
+    ids = dict.fromkeys(id_list(root / "val.txt", items))
     unknown = [id for id in ids if id not in items]
     if unknown:
         raise InputError(f"{root / 'val.txt'} names {unknown[0]}, which is not in images/; correct the list")
@@ -238,7 +298,7 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
 
 def labeled_ids(name, items, labeled, lists):
     """The set of ids that --labeled means; see `open_dataset`."""
-    annotated = [item.id for item in items if item.mask]
+    annotated, known = [item.id for item in items if item.mask], [item.id for item in items]
     published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
     if isinstance(labeled, (list, tuple)):
         chosen = set(labeled)
@@ -251,10 +311,13 @@ def labeled_ids(name, items, labeled, lists):
     elif str(labeled).isdecimal() and int(labeled) not in published:
         raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
     else:
-        chosen = set(id_list(lists / f"{labeled}.txt" if str(labeled).isdecimal() else labeled))
-    unknown = sorted(chosen - {item.id for item in items})
+        chosen = set(id_list(lists / f"{labeled}.txt" if str(labeled).isdecimal() else labeled, known))
+    unknown = sorted(chosen - set(known))
     if unknown:
-        raise InputError(f"--labeled {labeled}: {len(unknown)} ids are not in the training images, first {unknown[0]}")
+        raise InputError(
+            f"--labeled {labeled}: {len(unknown)} ids are not in the training images, first {unknown[0]}; expected ids "
+            f"like {known[0]}, and none of the images for validation"
+        )
     return chosen
 
 
@@ -275,8 +338,6 @@ def open_image(path, mode):
         raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
     if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
         raise InputError(f"{path} is a {stored} image; convert it to 8 bits per channel")
-    if mode != "RGB" and stored not in ("L", "P"):
-        raise InputError(f"mask {path} is a {stored} image; expected class indices, tools/own_images.py converts")
     return image
 
 
@@ -289,6 +350,11 @@ def read(item, data):
     if item.mask is None:
         return image, Image.new("L", image.size, IGNORE)
     mask = open_image(item.mask, "L")
+    convert = "tools/own_images.py converts other masks"
+    if data.name not in ("folder", "shapes"):
+        convert = f"as {data.name}'s own archive has them; there are copies with others"
+    if mask.mode not in ("L", "P"):
+        raise InputError(f"mask {item.mask} is a {mask.mode} image; expected class indices ({convert})")
     if mask.size != image.size:
         raise InputError(f"mask {item.mask} has {mask.size} pixels, its image {image.size}; expected the same size")
     values = next(values for ending, values in data.values.items() if item.mask.stem.endswith(ending))
@@ -296,7 +362,7 @@ def read(item, data):
     if wrong:
         raise InputError(
             f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected a class index from 0 to "
-            f"{len(data.classes) - 1}, or 255 for pixels to ignore (tools/own_images.py converts other masks)"
+            f"{len(data.classes) - 1}, or 255 for pixels to ignore ({convert})"
         )
     return image, mask.point(values.tolist(), "L")
 
@@ -335,9 +401,10 @@ def check_annotations(data):
     labeled, val = pixels[:, : len(data.classes)] > 0
     absent = [name for name, there in zip(data.classes, labeled) if not there]
     if labeled.sum() < 2:
+        tool = "own_images.py" if data.name == "folder" else f"prepare.py check --dataset {data.name}"
         raise InputError(
-            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes; expected "
-            f"two or more, `python tools/prepare.py check --dataset {data.name}` says what the masks hold"
+            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes, and "
+            f"{IGNORE} is none; expected two or more, `python tools/{tool}` says what the masks hold"
         )
     if not val.any():
         raise InputError(f"the validation masks of {data.name} are all {IGNORE}; expected class indices to score")

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -316,7 +317,7 @@ def main(args):
         losses.zero_()
     if rank == 0:
         print(table(scores) if scores else f"nothing to do: {out / 'last.pth'} is at step {first} of {args.iters}")
-        print(f"score it again with: python evaluate.py {out / 'last.pth'}")
+        print(f"score it again with: python evaluate.py {shlex.quote(str(out / 'last.pth'))}")
 
 
 def epochs_to_steps(args, data, world, device):
