@@ -24,7 +24,10 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
     "s4mc-cutmixseg": ("S4MC + CutMix-Seg", "--framework cutmixseg"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "two-streams": ("two streams, FixMatch's threshold", f"--framework unimatch {FIXED} 0.95"),
-    "variant": ("S4MC, two streams, `--unsup-norm valid` [ours]", "--framework unimatch --unsup-norm valid"),
+    "variant": (
+        "S4MC, two streams, `--unsup-norm valid --floor 0.9` [ours]",
+        "--framework unimatch --unsup-norm valid --floor 0.9",
+    ),
     "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
