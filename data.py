@@ -3,8 +3,8 @@
     data = open_dataset("pascal", "data", labeled=92)             # lists of images, cut into a partition
     loader = training_loader(data, steps=range(0, 1000), ...)     # one batch of labeled and unlabeled views per step
 
-Everything random here is a function of (seed, stream, number of the sample), so that neither the number of workers nor
-a resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
+Samples and views are functions of (seed, stream, number of the sample), so that neither the number of workers nor a
+resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
 """
 
 import os
@@ -264,7 +264,7 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     labeled: "all", a file or a list of image ids, or a number N: the list splits/<name>/N.txt, or, for datasets without
     lists, N annotated images evenly spaced by id. unlabeled: the training images that are not labeled.
     use: the parts that will be read; only their files have to be there, and unlabeled images need no masks.
-    Raises InputError for an unknown dataset, list or id, and for a part in use that is empty or lacks files.
+    Raises InputError for an unknown list or id, and for a part in use that is empty or lacks files.
     """
     spec, lists = DATASETS[name], Path(splits or SPLITS) / name
     root = write_shapes(Path(root) / "shapes") if name == "shapes" else Path(root)
@@ -385,7 +385,7 @@ def save_mask(mask, path):
 
 
 def check_annotations(data):
-    """Reads every labeled and validation image with its mask, so that no run starts which cannot end; warns of classes
+    """Reads every labeled and validation image with its mask, so that no run fails on one hours later; warns of classes
     without a labeled pixel.
 
     Raises InputError for a broken file, for fewer than two labeled classes, and if nothing is annotated to validate on.
@@ -459,7 +459,8 @@ def strong_views(weak, seed, samples, stream=0):
     turns, kernels = np.empty((batch, 3)), np.empty((batch, 3, 9))
     for i, number in enumerate(samples):
         (brightness, contrast, saturation, hue), places, is_gray, sigma = strong_parameters(seed, number, stream)
-        one, two, three = places[:3] + 2 * (places[:3] > places[3])  # steps 0 to 2 come before hue, 3 to 5 after it
+        # Hue lies between the steps 2 and 3: (contrast, hue, brightness, saturation) in this order are 0, -, 4 and 5.
+        one, two, three = places[:3] + 2 * (places[:3] > places[3])
         blends[one, i] = brightness * same
         blends[two, i], means[two, i] = contrast * same, (1 - contrast) * gray
         blends[three, i] = saturation * same + (1 - saturation) * gray
@@ -541,7 +542,7 @@ class TrainingViews(Dataset):
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
     where nothing is annotated: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
     An unlabeled image that cannot be read is replaced by that of sample n + 1; broken is its index in data.unlabeled,
-    or -1.
+    or -1. A mask of an unlabeled image that cannot be read is as good as none.
     """
 
     def __init__(self, data, crop, framework, seed):
@@ -561,11 +562,13 @@ class TrainingViews(Dataset):
         broken = -1
         for number in range(n, n + len(unlabeled)):
             index = sampled(len(unlabeled), self.seed, "order_u", number)
-            try:
-                weak, truth, valid = self.view("u", n, *read(unlabeled[index], self.data))
-                return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
-            except InputError:
-                broken = index if number == n else broken
+            for item in (unlabeled[index], unlabeled[index]._replace(mask=None)):
+                try:
+                    weak, truth, valid = self.view("u", n, *read(item, self.data))
+                    return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
+                except InputError:
+                    pass
+            broken = index if number == n else broken
         raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
 
 

@@ -329,10 +329,10 @@ def run_script(main):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except (InputError, OSError) as error:  # a loader's worker puts its traceback before the sentence
-        code = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        code = (str(error) or repr(error)).strip().splitlines()[-1].removeprefix("data.InputError: ")
     except Exception as error:
         lost = "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError)
-        sentence = "the connection to another process is lost; its own message, if any, says why"
+        sentence = f"a process is lost, whose own message may say why ({str(error).strip().splitlines()[-1]})"
         code = sentence if lost else traceback.format_exc()
     if isinstance(code, str):
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {code}\n")  # in one piece, beside those of other processes
@@ -395,7 +395,7 @@ def main(args):
     data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
     if list(data.classes) != checkpoint["classes"]:
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
-    items = [item for one in parts for item in getattr(data, one) if item.image and item.mask]
+    items = [item for one in parts for item in getattr(data, one) if item.image and (item.mask or args.pseudo_labels)]
     options = refinement_options(run, prior) if args.refine else None
     eval_mode, crop = args.eval_mode or run["eval_mode"], args.crop or run["crop"]
     if args.pseudo_labels and eval_mode == "center-crop":  # a way to score, not to label

@@ -281,7 +281,6 @@ def load_network(checkpoint, which="teacher"):
 WAIT = 600  # seconds, for the other processes to start
 
 
-
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     """The tensor, which becomes, in place, its sum (or other operation) over all processes."""
     if dist.is_initialized():
@@ -301,7 +300,8 @@ def start_processes(wanted="auto"):
     """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
     names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    world = max(world, 1)
+    if world <= 1:
+        rank, world, local = 0, 1, 0  # whatever else an earlier job has left in the environment
     missing = [name for name in names if name not in os.environ]
     if world > 1 and missing:
         raise InputError(
@@ -317,6 +317,8 @@ def start_processes(wanted="auto"):
             raise InputError(
                 f"process {local} has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu"
             )
+        if world > 1 and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+            raise InputError("LOCAL_RANK is not in the environment; start with torchrun, or show each process one GPU")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:

@@ -34,7 +34,7 @@ def confidence(prob, kind="margin"):
 
     margin:   max_c p_c - max2_c p_c      Eq. 5, 0..1
     max:      max_c p_c                   Eq. 11, 0..1
-    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0
+    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may be lower
 
     Refined probabilities are put into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
@@ -107,15 +107,15 @@ def refine(
         score = torch.rand(exists.shape, generator=generator, device=prob.device)
         order = score.masked_fill(~exists, -1).argsort(0, descending=True)  # each pixel's neighbors, shuffled
 
-    refined, several = [], 3 if prob.device.type == "cpu" else prob.shape[1]  # three classes stay in a CPU's cache
-    for first in range(0, prob.shape[1], several):
-        classes, taken = slice(first, first + several), []
+    refined, chunk = [], 3 if prob.device.type == "cpu" else prob.shape[1]  # three classes stay in a CPU's cache
+    for first in range(0, prob.shape[1], chunk):
+        classes, taken = slice(first, first + chunk), []
         p, around = prob[:, classes], _neighbors(prob[:, classes], grid)
         for turn in range(min(neighbors, len(grid))):
             best, which = torch.full_like(p, -torch.inf), -1
             for n, ((*_, beta), q) in enumerate(zip(grid, around)):
                 given_p = q if prior is None else q.maximum(prior[classes].to(q).view(-1, 1, 1))  # Eq. 14, or 16
-                gain = torch.addcmul(q, p, given_p, value=-1).mul_(sign * beta)  # Eq. 10, less p
+                gain = torch.addcmul(q, p, given_p, value=-1).mul_(sign * beta)  # what Eq. 10 adds to p
                 if exists is not None:
                     free = exists[n] & (order[turn] == n) if select == "random" else exists[n]
                     for earlier in taken:

@@ -9,6 +9,7 @@ Writes --out: args.json, metrics.jsonl, last.pth, best.pth, panels/. `python eva
 
 import argparse
 import copy
+import errno
 import fcntl
 import json
 import math
@@ -73,8 +74,8 @@ PRESETS = {
 DINOV2 = dict(optimizer="adamw", lr=5e-6, head_lr=2e-4, weight_decay=0.01)  # whatever the dataset [UniMatch V2]
 STRONG_VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # of an unlabeled image
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
-MAY_CHANGE = set(  # from one --resume to the next; `find_checkpoint` allows a little more
-    "resume out root splits workers device log_every eval_every eval_steps save_every compile tensorboard labeled "
+MAY_CHANGE = set(  # from one --resume to the next; what of it matters `find_checkpoint` compares in another way
+    "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
     "batch_size processes weights".split()
 )
 
@@ -93,10 +94,11 @@ def count(mask):
 
 
 def cross_entropy(logits, label, divisor):
-    """Eqs. 2-3: the sum over the labeled pixels of all processes, divided by `divisor`, 0-d.
+    """Eqs. 2-3: the sum over this process's labeled pixels, divided by `divisor`, their number in all processes, 0-d.
 
     logits (B,C,H,W), label (B,H,W) with 255 = not labeled. Scaled by the number of processes, because
-    DistributedDataParallel averages gradients: N processes equal one process with the whole batch.
+    DistributedDataParallel averages gradients: N processes equal one process with the whole batch. With class weights
+    the divisor, too, becomes a sum of weights.
     """
     total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
     return total * (dist.get_world_size() if dist.is_initialized() else 1) / divisor.clamp(min=1)
@@ -173,17 +175,16 @@ def main(args):
     else:
         optimizer = torch.optim.AdamW(groups, **settings)
     prior = class_prior(data, args.neighborhood).to(device) if args.prior else None
-    first, best, broken = 0, -math.inf, torch.zeros(len(data.unlabeled) + 1, dtype=torch.uint8)  # the last one: none
+    first, best, unlabeled_ids = 0, -math.inf, [item.id for item in data.unlabeled]
     if checkpoint:
-        first, best = checkpoint["step"], checkpoint["best"]
-        broken = checkpoint["broken"] if len(checkpoint["broken"]) == len(broken) else broken
+        first, best, unlabeled_ids = checkpoint["step"], checkpoint["best"], checkpoint["unlabeled"]
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["teacher"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, base in zip(optimizer.param_groups, (args.lr, args.head_lr)):
             group["base"] = base
         checkpoint = None  # as large as networks and optimizer together
-    named = set(broken[:-1].nonzero().flatten().tolist())
+    broken, reported = torch.zeros(len(data.unlabeled) + 1, dtype=torch.uint8), set()  # the last, -1, stands for none
     averaged = float_tensors(teacher), float_tensors(student)
     run_student, run_teacher, make_labels = student, teacher, pseudo_labels
     if world > 1:
@@ -269,8 +270,8 @@ def main(args):
             counts = all_reduce(label_counts(prob, pseudo, batch["truth"], valid, options))
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
         broken = all_reduce(broken.to(device), dist.ReduceOp.MAX).cpu()
-        report_broken(data, broken, named, rank)
-        record |= {"broken": len(named)} if named else {}
+        report_broken(data, broken, reported, rank)
+        record |= {"broken": len(reported)} if reported else {}
         record["seconds_per_step"] = (time.monotonic() - logged_at) / (done - logged)
         record["images_per_second"] = args.batch_size * world * (1 + unlabeled) / record["seconds_per_step"]
         if device.type == "cuda":
@@ -286,22 +287,16 @@ def main(args):
             write_record(out, board, rank, {"event": "val", "step": done, "epoch": record["epoch"]} | scores)
             if rank == 0:
                 print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
-        if rank == 0 and evaluating and not stop:
-            picture = panel(teacher, data, panel_items(data), device, vars(args), prior)
-            VF.to_pil_image(picture).save(out / "panels" / f"step-{done:06d}.png")
-            if board:
-                board.add_image("panel", picture, done)
         stopping = torch.tensor(max(stop, default=0), device=device)
-        stopping = all_reduce(stopping, dist.ReduceOp.MAX).item()  # that of any process
+        stopping = all_reduce(stopping, dist.ReduceOp.MAX).item() if done < args.iters else 0  # that of any process
         # Saved after evaluating, or a resumed run would skip that evaluation.
         if rank == 0 and (evaluating or stopping or time.monotonic() - saved_at > 60 * args.save_every):
             if not all(parameter.isfinite().all() for parameter in student.parameters()):
                 raise not_finite(f"weights are not finite after step {done}", out)
             run = {
                 "step": done, "best": best, "args": vars(args), "classes": list(data.classes), "prior": prior,
-                "labeled": [item.id for item in data.labeled], "unlabeled": [item.id for item in data.unlabeled],
-                "broken": broken, "student": student.state_dict(), "teacher": teacher.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "labeled": [item.id for item in data.labeled], "unlabeled": unlabeled_ids,
+                "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
             }  # fmt: skip
             for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
                 save_checkpoint(run, out / name)
@@ -313,6 +308,8 @@ def main(args):
             if world > 1:
                 dist.barrier()  # torchrun ends all processes as soon as one has ended
             sys.exit(128 + stopping)
+        if rank == 0 and evaluating:
+            write_panel(out, board, done, teacher, data, device, args, prior)
         logged, logged_at = done, time.monotonic()
         losses.zero_()
     if rank == 0:
@@ -357,8 +354,8 @@ def find_checkpoint(args, data, rank):
     if gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
         said.append(f"{gone} unlabeled images fewer")
         ids["unlabeled"] = checkpoint["unlabeled"]
-        for name in ("steps_per_epoch", "iters", "warmup_iters", "eval_steps"):
-            now[name] = saved[name]
+        epochs = {"steps_per_epoch": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
+        now |= {name: saved[name] for name, counted in epochs.items() if counted}  # counted before they went away
     for name in now.keys() - MAY_CHANGE:
         if saved.get(name) != now[name]:
             lower = name in ("lr", "head_lr") and now[name] < saved[name]
@@ -398,7 +395,11 @@ def open_run(args, data, first, rank, device):
     try:
         (out / "panels").mkdir(parents=True, exist_ok=True)
         lock = open(out / "args.json", "a+")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends, however it ends
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends, at any rate
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system without locks
+                raise
         if lock.tell() and not args.resume:
             raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
         lock.truncate(0)
@@ -437,13 +438,13 @@ def compiles(device):
 def stop_signals(rank, world):
     """A list that gets the stop signals which come from now on; a second Ctrl-C ends a lone process at once."""
     received = []
+    when = "this step or evaluation is done; again: ends at once" if world == 1 else "all processes log the next step"
 
     def receive(number, _):
         if received and number == signal.SIGINT and world == 1:
             os._exit(128 + number)
         if not received and rank == 0:
-            said = f"{signal.Signals(number).name}: saves as soon as this step or evaluation is done; again: at once\n"
-            os.write(2, said.encode())  # print could be interrupted by itself
+            os.write(2, f"{signal.Signals(number).name}: saves when {when}\n".encode())  # print could be interrupted
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -451,21 +452,21 @@ def stop_signals(rank, world):
     return received
 
 
-def report_broken(data, broken, named, rank):
-    """Says once which unlabeled images cannot be read: those where `broken` is 1; `named` gets their indices.
+def report_broken(data, broken, reported, rank):
+    """Says once which unlabeled images cannot be read: those where `broken` is 1; `reported` gets their indices.
 
     Raises InputError if they are more than one in twenty.
     """
     for index in broken[:-1].nonzero().flatten().tolist():
-        if index not in named and rank == 0:
+        if index not in reported and rank == 0:
             try:
-                read(data.unlabeled[index], data)
+                read(data.unlabeled[index]._replace(mask=None), data)
             except InputError as error:
-                print(f"warning: {error}; others take its place", file=sys.stderr, flush=True)
-        named.add(index)
-    if len(named) > len(data.unlabeled) / 20:
+                print(f"warning: {error}; the next image is used", file=sys.stderr, flush=True)
+        reported.add(index)
+    if len(reported) > len(data.unlabeled) / 20:
         raise InputError(
-            f"{len(named)} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
+            f"{len(reported)} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
             "replace or remove them, then use --resume"
         )
 
@@ -482,6 +483,17 @@ def write_record(out, board, rank, record):
     for name, value in record.items() if board else ():
         if isinstance(value, (int, float)):
             board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+
+
+def write_panel(out, board, step, teacher, data, device, args, prior):
+    """A picture of the teacher's labels; where it fails, says so, and the run goes on."""
+    try:
+        picture = panel(teacher, data, panel_items(data), device, vars(args), prior)
+        VF.to_pil_image(picture).save(out / "panels" / f"step-{step:06d}.png")
+        if board:
+            board.add_image("panel", picture, step)
+    except (InputError, OSError) as error:
+        print(f"warning: no panel of step {step} ({error})", file=sys.stderr, flush=True)
 
 
 def progress(record, args):
@@ -509,7 +521,7 @@ def not_finite(what, out):
 
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
-    preset = PRESETS[args.dataset] | (SIZES[device.type] if args.dataset in ("camvid", "folder") else {})
+    preset = PRESETS[args.dataset] if "crop" in PRESETS[args.dataset] else PRESETS[args.dataset] | SIZES[device.type]
     preset |= DINOV2 if (args.backbone or "").startswith("dinov2") else {}
     for pair in ({"epochs", "iters"}, {"warmup_epochs", "warmup_iters"}):
         if any(getattr(args, name) is not None for name in pair):
@@ -556,7 +568,7 @@ def parse_args(argv=None):
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10, on by default [paper]; without: 1")
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), default="margin", help="kappa, Table 5, default margin "
-        "[paper]; a refined maximum is never below the raw one")
+        "[paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; 0.4 [paper]")
     add("--threshold", type=float, help="fixed, in place of Eq. 6: 0.95 with --confidence max [FixMatch]; refined, it "
         "acts like 0.89 where neighbors agree")
@@ -565,7 +577,8 @@ def parse_args(argv=None):
     add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept", help="divides the sum over the kept "
         "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few "
         "weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
-    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]")
+    add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]; in the warm-up it "
+        "is a copy of the student [authors' code]")
     add("--cutmix", type=share, default=0.5, help="probability of CutMix, default 0.5 [paper], for each image [ours]")
     add("--warmup-epochs", type=number(int, 0), help="epochs with only labeled images [preset]")
     add("--warmup-iters", type=number(int, 0), help="the same in steps, in place of --warmup-epochs [preset]")
