@@ -275,9 +275,9 @@ def test_functions_leave_their_inputs_as_they_were():
     [
         (lambda p: confidence(p, "gap"), "expected 'margin', 'max' or 'entropy'"),
         (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
-        (lambda p: refine(p, select="best"), "expected 'max', 'min' or 'random'"),
-        (lambda p: refine(p, neighbors=0), "expected 1 or more"),
-        (lambda p: refine(p, dilation=0), "expected 1 or more"),
+        (lambda p: refine(p, select="best"), "by 'best'; expected 1 or more, by 'max', 'min' or 'random'"),
+        (lambda p: refine(p, neighbors=0), "0 neighbors by 'max'; expected 1 or more"),
+        (lambda p: refine(p, dilation=0), "dilation 0; expected 3, 5, 7 or 'cross', 1 or more"),
         (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),
         (lambda p: refine(p, prior=torch.ones(3)), "expected one number per class"),
         (lambda p: dpa_threshold(p, 1.5), "expected a share from 0 to 1"),
