@@ -169,10 +169,10 @@ def trainer(
         if authors:
             loss = authors_loss(student, teacher, x, y.long(), weak, rng, peer)
         else:
+            strong = weak
+            if fixmatch:
+                strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                strong = weak
-                if fixmatch:
-                    strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
                 with torch.no_grad():
                     prob = predict(weak).softmax(1)
                 pseudo = label(prob, R.dpa_alpha(step, 10_000), valid=valid, **options)
