@@ -111,6 +111,7 @@ def test_every_command_runs(little_world, page):
 ])  # fmt: skip
 def test_the_benchmark_prints_its_tables(monkeypatch, capsys, part, says):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes
     monkeypatch.setitem(benchmark.POINTS, "cpu", [{"batch": 2, "crop": 64, "classes": 3}])
     benchmark.main(["--only", part, "--device", "cpu", "--backbone", "resnet10"])
     assert re.search(says, capsys.readouterr().out)
