@@ -114,15 +114,6 @@ def test_only_the_parts_in_use_need_files(tmp_path):
         open_dataset("camvid", root, ["train3"])
 
 
-def test_a_published_list_beats_even_spacing(tmp_path):
-    root = camvid(tmp_path / "root")
-    (tmp_path / "splits" / "camvid").mkdir(parents=True)
-    (tmp_path / "splits" / "camvid" / "1.txt").write_text("train2\n")
-    assert ids(open_dataset("camvid", root, 1, tmp_path / "splits").labeled) == ["train2"]
-    with pytest.raises(InputError, match=r"no list of 3 labeled images; expected one of \[1\], or a file"):
-        open_dataset("camvid", root, 3, tmp_path / "splits")
-
-
 def test_bad_partitions_and_roots_get_one_sentence(tmp_path):
     root = camvid(tmp_path / "good")
     (tmp_path / "list.txt").write_text("train0\nnobody\n../../etc/passwd\n")
@@ -202,8 +193,6 @@ def test_links_are_followed_but_not_in_a_circle_and_what_is_no_image_of_the_fold
         path.write_bytes(b"")
     (images / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(images)
-    (images / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    (images / "gone.jpg").unlink()
     found = D.files(images)
     assert [*found] == ["a", "linked/d ", "linked/\u00e9", "scene.png/b"]  # a letter and its accent are one
     assert [path.name for path in D.walk(images)].count("note.txt") == 1 and not [*D.walk(tmp_path / "nowhere")]
@@ -308,22 +297,6 @@ def test_pascal_masks_are_indices_with_their_255_border_from_the_fine_or_the_coa
         assert np.asarray(image)[30, 20].mean() > 150 > np.asarray(image)[2, 2].mean()
 
 
-def test_pascal_s_unlabeled_images_need_no_masks_and_supervised_runs_no_unlabeled_images(tmp_path):
-    root = pascal(tmp_path / "root", tmp_path / "splits")
-    shutil.rmtree(root / "SegmentationClassAug")
-    data = open_dataset("pascal", root, 2, tmp_path / "splits")
-    assert [item.id for item in data.unlabeled if item.mask is None] == ["2008_000001", "2008_000002"]
-    with pytest.raises(InputError, match=r"1 of 7 labeled images of pascal have no mask.*first 2008_000001; docs.faq"):
-        open_dataset("pascal", root, 7, tmp_path / "splits")
-    (root / "JPEGImages" / "2008_000002.jpg").unlink()
-    with pytest.raises(InputError, match=r"1 of 6 unlabeled images of pascal have no image .*first 2008_000002; "):
-        open_dataset("pascal", root, 2, tmp_path / "splits")
-    assert len(open_dataset("pascal", root, 2, tmp_path / "splits", use=SUPERVISED).unlabeled) == 6
-    for path in [*root.glob("*/2007*"), *root.glob("*/2008*")]:
-        path.unlink()
-    assert len(open_dataset("pascal", root, ["2007_000000"], tmp_path / "splits", use=("val",)).val) == 2
-
-
 def test_cityscapes_reads_both_kinds_of_labels(tmp_path):
     root = cityscapes(tmp_path / "cityscapes", tmp_path / "splits")
     for place in (root, tmp_path):
@@ -356,6 +329,10 @@ def test_wrong_trees_and_lists_get_one_sentence(tmp_path):
         open_dataset("pascal", tmp_path / "nowhere", 92)
     with pytest.raises(InputError, match=r"92 of 92 labeled images of pascal have no image"):
         open_dataset("pascal", root, 92)
+    (root / "JPEGImages" / "2008_000002.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 of 6 unlabeled images of pascal have no image .*first 2008_000002; "):
+        open_dataset("pascal", root, 2, tmp_path / "splits")
+    assert len(open_dataset("pascal", root, 2, tmp_path / "splits", use=SUPERVISED).unlabeled) == 6
     (tmp_path / "splits" / "pascal" / "val.txt").unlink()
     with pytest.raises(InputError, match=r"the list .*val\.txt is not there, or empty; expected one image id per line"):
         open_dataset("pascal", root, 2, tmp_path / "splits")
@@ -483,16 +460,10 @@ def test_a_mask_is_saved_with_pascal_s_palette_and_makes_its_folder(tmp_path):
 # views and mixing
 
 
-def numbered_image(width, height):
-    """An image whose red and green are its own coordinates, and a mask of tiles."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    image = np.stack([x, y, np.full_like(x, 255)], 2).astype(np.uint8)
-    return Image.fromarray(image), Image.fromarray((x // 50 + 4 * (y // 50)).astype(np.uint8))
-
-
 @pytest.mark.parametrize("width, height", [(150, 100), (30, 200), (1, 7), (65, 64), (128, 31)])
 def test_a_view_is_padded_cut_out_resized_and_flipped(width, height):
-    image, mask = numbered_image(width, height)
+    pixels = np.random.default_rng(0).integers(0, 250, (height, width, 4), np.uint8)
+    image, mask = Image.fromarray(pixels[..., :3].copy()), Image.fromarray(pixels[..., 3].copy())
     for seed in range(30):
         view = random_view(image, mask, 64, (0.5, 2.0), np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
@@ -511,18 +482,6 @@ def test_a_view_is_padded_cut_out_resized_and_flipped(width, height):
             expected = expected[:, ::-1] if flip else expected
             assert np.array_equal(one.numpy() if one.dim() == 2 else one.permute(1, 2, 0).numpy(), expected)
         assert torch.equal(view[1] == 255, ~view[2]) and view[2].any()
-
-
-def test_scales_and_flips_are_spread_as_promised():
-    image, mask = numbered_image(100, 100)
-    flips, steps = 0, []
-    for seed in range(400):
-        view, _, valid = random_view(image, mask, 32, (0.5, 2.0), np.random.default_rng(seed))
-        slope = (view[0, 16, -1].item() - view[0, 16, 0].item()) / 31
-        flips += slope < 0
-        steps.append(1 / abs(slope))
-    assert 160 < flips < 240 and 0.45 < min(steps) < 0.6 and 1.8 < max(steps) < 2.3
-    assert np.mean(steps) == pytest.approx(1.25, abs=0.08)
 
 
 def plain_strong_view(weak, factors, places, gray, sigma):
