@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
@@ -37,8 +38,7 @@ import data as D  # noqa: E402
 import evaluate as E  # noqa: E402
 import refine as R  # noqa: E402
 import train as T  # noqa: E402
-from model import ENCODERS, DeepLabV3Plus, ema_decay, update_teacher  # noqa: E402
-from test_data import PlainViews  # noqa: E402
+from model import ENCODERS, DeepLabV3Plus, ema_decay, float_tensors, update_teacher  # noqa: E402
 
 ROUNDS = 7
 POINTS = {  # where a step is measured: so many labeled and unlabeled images each
@@ -142,8 +142,7 @@ def benchmark_labels(device, backbone, peer):
 
 
 def trainer(
-    device, backbone, batch, crop, classes, fixmatch=False, compile=False, authors=False, peer=None, context="paper",
-    **options,
+    device, backbone, batch, crop, classes, fixmatch=False, compile=False, authors=False, peer=None, **options
 ):  # fmt: skip
     """A function that does the next step of train.py, in the order of its main, on networks and a batch of its own.
 
@@ -155,6 +154,7 @@ def trainer(
     cuda, layout = device.type == "cuda", torch.contiguous_format if authors else torch.channels_last
     student = DeepLabV3Plus(backbone, classes).to(device, memory_format=layout).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    averaged = float_tensors(teacher), float_tensors(student)
     optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and not authors)
     forward, predict, label = student, teacher, R.pseudo_labels
     if compile:
@@ -169,15 +169,12 @@ def trainer(
         if authors:
             loss = authors_loss(student, teacher, x, y.long(), weak, rng, peer)
         else:
+            strong = weak
+            if fixmatch:
+                strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                strong = weak
-                if fixmatch:
-                    strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
                 with torch.no_grad():
                     prob = predict(weak).softmax(1)
-                    if context == "bilateral":
-                        prob = (prob + predict(weak.flip(-1)).softmax(1).flip(-1)) / 2
-                        prob = R.bilateral(prob, weak_pixels, valid)
                 pseudo = label(prob, R.dpa_alpha(step, 10_000), valid=valid, **options)
                 strong, target, _ = D.cutmix(rng, 0.5, strong, pseudo.label, valid)
                 logits_x, logits_u = forward(torch.cat([x, strong])).split(batch)
@@ -186,7 +183,7 @@ def trainer(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        update_teacher(teacher, student, ema_decay(step))
+        update_teacher(*averaged, ema_decay(step))
 
     return train_step
 
@@ -241,7 +238,6 @@ def benchmark_step(device, backbone, peer):
             "S4MC": point,
             "S4MC, compiled": point | {"compile": True},
             "S4MC, strong views of FixMatch": point | {"fixmatch": True},
-            "S4MC, --context bilateral": point | {"context": "bilateral"},
             "S4MC, no refinement, fixed threshold": point | {"refinement": False, "threshold": 0.95},
             "authors' order": point | {"authors": True, "peer": peer},
         }
@@ -274,6 +270,33 @@ def photographs(folder, count, size, suffix):
         mask.resize(size, Image.Resampling.NEAREST).save(items[-1].mask)
     values = {"": D.mask_values({i: i for i in range(19)})}
     return D.Data("photographs", ("",) * 19, (0.5, 2.0), values, items, items, [], [])
+
+
+class PlainViews:
+    """The pipeline of most repositories of this field: resizes the whole image, works in Pillow throughout."""
+
+    jitter, gray = transforms.ColorJitter(0.5, 0.5, 0.5, 0.25), transforms.RandomGrayscale(0.2)
+
+    def __init__(self, item, crop, scales):
+        self.item, self.crop, self.scales = item, crop, scales
+
+    def weak(self):
+        image, mask = Image.open(self.item.image).convert("RGB"), Image.open(self.item.mask)
+        scale = random.uniform(*self.scales)
+        size = [round(side * scale) for side in image.size]
+        image, mask = image.resize(size, Image.Resampling.BILINEAR), mask.resize(size, Image.Resampling.NEAREST)
+        padding = (0, 0, *(max(0, self.crop - side) for side in size))
+        image, mask = ImageOps.expand(image, padding, 0), ImageOps.expand(mask, padding, 255)
+        left, top = (random.randint(0, side - self.crop) for side in image.size)
+        box = (left, top, left + self.crop, top + self.crop)
+        image, mask = image.crop(box), mask.crop(box)
+        return (ImageOps.mirror(image), ImageOps.mirror(mask)) if random.random() < 0.5 else (image, mask)
+
+    def strong(self, image):
+        image = self.gray(self.jitter(image) if random.random() < 0.8 else image)
+        if random.random() < 0.5:
+            image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return image
 
 
 def plain_sample(plain, *views):

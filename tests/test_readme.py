@@ -1,9 +1,10 @@
-"""README.md and docs/: each of their commands is run, shortened, on little trees; their tables name lists and tests that exist."""
+"""README.md and docs/: each command is run, shortened, on little trees; tables name lists and tests that exist."""
 
 import importlib
 import re
 import shlex
 import shutil
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import nn
 from trees import camvid, cityscapes, folder, pascal
 
 import data
+import refine
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +24,7 @@ COMMAND = re.compile(r"^(?:\S*python3?|torchrun .*?) (train|evaluate|tools/\w+|t
 
 
 def commands(page):
-    """(script, arguments) of every line that runs one of the scripts, in the page's blocks of commands, in their order."""
+    """(script, arguments) of every line that runs one of the scripts, in the order of the page."""
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", PAGES[page], re.M | re.S):
         for line in block.splitlines():
@@ -35,7 +37,8 @@ def commands(page):
 def cells():
     """The arguments of every cell of Tables 1-3."""
     found = []
-    for dataset, body in re.findall(r"^\*\*Table \d\*\*.*`--dataset (\w+)`\n\n((?:\|.*\n)+)", PAGES["reproduce.md"], re.M):
+    tables = re.findall(r"^\*\*Table \d\*\*.*`--dataset (\w+)`\n\n((?:\|.*\n)+)", PAGES["reproduce.md"], re.M)
+    for dataset, body in tables:
         head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in body.splitlines()]
         for row in rows:
             for column, figures in zip(head[2:], row[2:]):
@@ -56,10 +59,9 @@ def test_a_cell_of_the_tables_names_a_published_list(arguments):
     assert (data.SPLITS / args.dataset / f"{args.labeled}.txt").is_file() and args.epochs == 80
 
 
-SHORT = [
-    "--iters", "2", "--warmup-iters", "0", "--crop", "32", "--backbone", "resnet10", "--weights", "none", "--workers", "0",
-    "--device", "cpu", "--log-every", "1",
-]  # fmt: skip
+SHORT = (
+    "--iters 2 --warmup-iters 0 --crop 32 --backbone resnet10 --weights none --workers 0 --device cpu --log-every 1"
+).split()
 
 
 @pytest.fixture
@@ -85,9 +87,8 @@ def run_command(script, arguments):
     """Runs one command in this process, a training run for two steps. torchrun's own part is tested elsewhere."""
     module = importlib.import_module(Path(script).name)
     if script == "train":
-        batch = [] if "--batch-size" in arguments and arguments[arguments.index("--batch-size") + 1] == "6" else ["--batch-size", "2"]
-        out = [] if "--out" in arguments else ["--out", f"runs/{len(list(Path('runs').glob('*')))}"] if batch == [] else []
-        arguments = [*arguments, *SHORT, *batch, *out]
+        batch = [] if "--batch-size" in arguments else ["--batch-size", "2"]
+        arguments = [*arguments, *SHORT, *batch]
     elif script == "evaluate" or script in ("tools/predict", "tools/report"):
         arguments = [*arguments, "--device", "cpu"]
     module.main(module.parse_args(arguments))
@@ -104,20 +105,43 @@ def test_every_command_runs(little_world, page):
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
+@pytest.mark.parametrize("part, says", [
+    ("step", r"S4MC, strong views of FixMatch +\d+\.\d+ ms .* x authors' order"),
+    ("evaluation", r"confusion matrix +\d+\.\d+ ms .* x histograms on the host"),
+])  # fmt: skip
+def test_the_benchmark_prints_its_tables(monkeypatch, capsys, part, says):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
-    benchmark.main(["--only", "evaluation", "--device", "cpu"])
-    assert re.search(r"confusion matrix +\d+\.\d+ ms .* x histograms on the host", capsys.readouterr().out)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes
+    monkeypatch.setitem(benchmark.POINTS, "cpu", [{"batch": 2, "crop": 64, "classes": 3}])
+    benchmark.main(["--only", part, "--device", "cpu", "--backbone", "resnet10"])
+    assert re.search(says, capsys.readouterr().out)
 
 
-def test_the_lines_for_other_code_run():
-    code = re.search(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)[1]
+LINES = {  # code for other loops, and the name of its loss
+    "README.md": (re.search(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)[1], "loss_u"),
+    "refine.py": (textwrap.dedent(re.search(r"\n\n(( {4}.*\n)+)\n", refine.__doc__)[1]), "loss"),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("page", LINES)
+def test_the_lines_for_other_code_give_the_mean_over_the_kept_pixels_and_no_nan_where_there_are_none(page, kept):
+    code, loss = LINES[page]
     student, teacher = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 5, 1).requires_grad_(False)
+    if not kept:
+        nn.init.zeros_(teacher.weight), nn.init.zeros_(teacher.bias)  # equal classes have no margin
+    weak, strong = torch.randn(2, 2, 3, 16, 16)
     names = {"student": student, "teacher": teacher, "F": nn.functional, "step": 3, "total_steps": 9}
-    names |= {"weak": torch.randn(2, 3, 16, 16), "strong": torch.randn(2, 3, 16, 16)}
-    exec(code, names)
-    names["loss_u"].backward()
-    assert student.weight.grad.abs().sum() > 0 and 0 < (names["pseudo"].label != 255).float().mean() < 1
+    names |= {"weak": weak, "image": weak, "strong": strong, "strong_view_of_image": strong}
+    exec(code, vars(refine) | {"cross_entropy": nn.functional.cross_entropy} | names, names)
+    names[loss].backward()
+    share = (names["pseudo"].label != 255).float().mean()
+    if kept:
+        expected = nn.functional.cross_entropy(student(strong), names["pseudo"].label, ignore_index=255)
+        torch.testing.assert_close(names[loss], expected)
+        assert student.weight.grad.abs().sum() > 0 and 0 < share < 1
+    else:
+        assert names[loss] == share == 0 and not student.weight.grad.any()
 
 
 def test_the_tests_behind_the_guarantees_exist():

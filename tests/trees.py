@@ -1,7 +1,9 @@
-"""Tiny trees of files in the layouts of the datasets; each function returns the root."""
+"""Tiny trees of files in the layouts of the datasets, each function returns the root; a counter of operations."""
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import palette, save_mask
 
@@ -90,3 +92,13 @@ def cityscapes(root, splits):
             names[split].append(id)
     write_lists(splits / "cityscapes", names | {"2": names["train"][1:3]})
     return root
+
+
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked to compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is not torch.ops.prim.device.default  # a fake tensor's question about itself
+        return operation(*args, **(kwargs or {}))
