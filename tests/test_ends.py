@@ -126,7 +126,7 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, 
     if defect == "worker":  # as a machine out of memory does
         os.kill(next(pid for pid in run.alive() if pid != run.process.pid), signal.SIGKILL)
     code, said = run.end(120)
-    says = {"loss": "train.py: the loss is nan between the steps ", "worker": ""}.get(defect, f"train.py: {root}/train/")
+    says = {"loss": "train.py: the loss is nan between the steps ", "worker": ""}.get(defect, f"train.py: {root}/tr")
     assert code == 1 and said[-1].startswith(says) and (UNREADABLE in said[-1]) == ("image" in defect), said
     assert defect == "worker" or len(said) == 1 and not (tmp_path / "run" / "last.pth").exists()
 
@@ -150,7 +150,7 @@ def test_a_signal_saves_a_checkpoint_says_so_and_ends(tmp_path, start, root, num
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times, workers", [(1, 0), (1, 2), (2, 2)])
-def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_not(tmp_path, start, root, times, workers):
+def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_not(tmp_path, start, times, workers):
     many = camvid(tmp_path / "camvid", val=200, size=(320, 240))
     options = f"--workers {workers} --out {tmp_path / 'run'} --iters 10 --eval-every 2"
     run = start("train.py", f"{TINY} --root {many} {options}")
@@ -162,7 +162,7 @@ def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_no
         os.killpg(run.process.pid, signal.SIGINT)
     code, said = run.end(180)
     assert code == 130 and len(said) == 3 - times and ("teacher's mIoU" in run.output.read_text()) == (times == 1), said
-    assert (tmp_path / "run" / "last.pth").exists() == (times == 1) and (times == 2 or "SIGINT: saved step 4 " in said[1])
+    assert (tmp_path / "run" / "last.pth").exists() == (times == 1) == ("SIGINT: saved step 4 " in said[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,10 +172,10 @@ def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_no
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, root):
     """last.pth of a run of one step."""
-    out, handlers = tmp_path_factory.mktemp("run") / "run", [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    train.main(train.parse_args(f"{TINY} --root {root} --workers 0 --out {out} --iters 1 --eval-every 1".split()))
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
-        signal.signal(number, handler)
+    out = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "stop_signals", lambda rank, world: [])
+        train.main(train.parse_args(f"{TINY} --root {root} --workers 0 --out {out} --iters 1 --eval-every 1".split()))
     return out / "last.pth"
 
 
@@ -261,5 +261,4 @@ def test_two_processes_end_together_at_a_signal_whoever_gets_it(tmp_path, start,
         pids |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
     os.killpg(run.process.pid, number) if sent_to == "all" else os.kill(pids[sent_to], number)
     code, said = run.end(60)
-    step = saved(tmp_path)
-    assert code and 3 <= step < 5000 and sum(f"saved step {step} to {tmp_path / 'run'}" in line for line in said) == 1, said
+    assert code and sum(f": saved step {saved(tmp_path)} to {tmp_path / 'run'}" in line for line in said) == 1, said
