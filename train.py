@@ -436,12 +436,12 @@ def compiles(device):
 
 def stop_signals(rank, world):
     """A list that gets the stop signals which come from now on; a second Ctrl-C ends a lone process at once."""
-    received = []
+    received, process = [], os.getpid()
 
     def receive(number, _):
         if received and number == signal.SIGINT and world == 1:
             os._exit(128 + number)
-        if not received and rank == 0:
+        if not received and rank == 0 and os.getpid() == process:  # not a loader's worker, which inherits this
             said = f"{signal.Signals(number).name}: saves as soon as this step or evaluation is done; again: at once\n"
             os.write(2, said.encode())  # print could be interrupted by itself
         received.append(number)
