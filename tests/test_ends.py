@@ -1,6 +1,7 @@
 """A run that has said its last sentence must end: real scripts on broken files and stop signals, with nothing left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,9 +150,9 @@ def test_a_signal_saves_a_checkpoint_says_so_and_ends(tmp_path, start, root, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times, workers", [(1, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize("times, workers", [(1, 2), (2, 1)])
 def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_not(tmp_path, start, times, workers):
-    many = camvid(tmp_path / "camvid", val=200, size=(320, 240))
+    many = camvid(tmp_path / "camvid", val=100, size=(320, 240))
     options = f"--workers {workers} --out {tmp_path / 'run'} --iters 10 --eval-every 2"
     run = start("train.py", f"{TINY} --root {many} {options}")
     run.wait_for("step 4/10  0m")
@@ -161,8 +162,12 @@ def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_no
     if times == 2:
         os.killpg(run.process.pid, signal.SIGINT)
     code, said = run.end(180)
-    assert code == 130 and len(said) == 3 - times and ("teacher's mIoU" in run.output.read_text()) == (times == 1), said
-    assert (tmp_path / "run" / "last.pth").exists() == (times == 1) == ("SIGINT: saved step 4 " in said[-1])
+    assert code == 130 and len(said) == 3 - times, said
+    evaluated = re.findall(r"step (\d+)/10  teacher's mIoU", run.output.read_text())
+    if times == 1:
+        assert said[1].startswith(f"SIGINT: saved step {evaluated[-1]} to ") and saved(tmp_path) == int(evaluated[-1])
+    else:
+        assert said[0].endswith("again: at once") and len(evaluated) < 3  # a machine may miss the first or the second
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -662,6 +662,14 @@ def test_a_second_ctrl_c_ends_a_lone_process_at_once(monkeypatch):
     assert codes == [130]
 
 
+def test_a_loader_worker_that_gets_the_signal_too_says_nothing(capfd):
+    received = T.stop_signals(0, 1)
+    worker = mp.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGINT))
+    worker.start()
+    worker.join()
+    assert capfd.readouterr().err == "" and not received and worker.exitcode == 0
+
+
 def test_a_second_run_into_one_folder_is_refused_and_leaves_the_first_alone(run, tmp_path, root):
     options = f"{TINY} --root {root} --device cpu --iters 5000 --log-every 1 --eval-every 5000"
     process = started(f"{options} --out {tmp_path / 'run'}")
