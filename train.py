@@ -437,13 +437,13 @@ def compiles(device):
 
 def stop_signals(rank, world):
     """A list that gets the stop signals which come from now on; a second Ctrl-C ends a lone process at once."""
-    received = []
+    received, process = [], os.getpid()
     when = "this step or evaluation is done; again: ends at once" if world == 1 else "all processes log the next step"
 
     def receive(number, _):
         if received and number == signal.SIGINT and world == 1:
             os._exit(128 + number)
-        if not received and rank == 0:
+        if not received and rank == 0 and os.getpid() == process:  # not a loader's worker, which inherits this
             os.write(2, f"{signal.Signals(number).name}: saves when {when}\n".encode())  # print could be interrupted
         received.append(number)
 

@@ -102,3 +102,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count += operation is not torch.ops.prim.device.default  # a fake tensor's question about itself
         return operation(*args, **(kwargs or {}))
+
+
+def truncate(*paths):
+    """Cuts files in half, as an interrupted copy leaves them."""
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
