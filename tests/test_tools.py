@@ -593,7 +593,8 @@ def new(tmp_path):
 
 def probabilities(checkpoint, path, protocol=E.Protocol(), which="teacher"):
     image = D.VF.pil_to_tensor(D.open_image(path, "RGB"))[None]
-    return E.predict(load_network(load_checkpoint(checkpoint), which), image, protocol)
+    network = load_network(load_checkpoint(checkpoint), which).to(memory_format=torch.channels_last)
+    return E.predict(network, image, protocol)  # the tool's layout, which rounds otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
