@@ -133,25 +133,23 @@ def test_a_download_that_fails_or_lacks_files_of_the_lists_is_one_sentence(tmp_p
 
 def test_the_coarse_masks_are_converted_once_from_sbd_s_matlab_files(tmp_path, voc, served, monkeypatch):
     scipy_io = pytest.importorskip("scipy.io", reason="--sbd needs scipy, which is optional")
-    matlab = tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls"
+    matlab, words = tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls", ["--root", tmp_path / "root", "--sbd"]
     matlab.mkdir(parents=True)
-    masks = {}
-    for id in ("2008_000001", "2008_000002"):
-        masks[id] = np.random.default_rng(len(masks)).integers(0, 21, (55, 97)).astype(np.uint8)
-        scipy_io.savemat(matlab / f"{id}.mat", {"GTcls": {"Segmentation": masks[id]}})
+    masks = np.random.default_rng(0).integers(0, 21, (2, 55, 97)).astype(np.uint8)
+    for id, mask in zip(("2008_000001", "2008_000002"), masks):
+        scipy_io.savemat(matlab / f"{id}.mat", {"GTcls": {"Segmentation": mask}})
     monkeypatch.setattr(SBDataset, "md5", archive(tmp_path / "sbd", tmp_path / "benchmark.tgz"))
     monkeypatch.setattr(SBDataset, "url", f"{served}/benchmark.tgz")
-    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+    call(prepare, "pascal", *words)
     folder = tmp_path / "root" / "VOCdevkit" / "VOC2012" / "SegmentationClassAug"
     assert names_below(folder) == ["2008_000001.png", "2008_000002.png"]
-    for id, mask in masks.items():
-        assert np.array_equal(pixels(folder / f"{id}.png"), mask)
+    assert all(np.array_equal(pixels(folder / f"2008_00000{i + 1}.png"), masks[i]) for i in range(2))
     for packed in (tmp_path / "benchmark.tgz", tmp_path / "root" / "benchmark.tgz"):
         packed.unlink()
-    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")  # needs nothing
+    call(prepare, "pascal", *words)  # needs nothing
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match="--sbd reads MATLAB files, and scipy is not installed; pip install scipy"):
-        call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+        call(prepare, "pascal", *words)
 
 
 def test_cityscapes_says_what_to_download_and_what_is_there(tmp_path, monkeypatch, capsys):
@@ -227,13 +225,14 @@ def masks_of(root):
 
 def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_command_fits(tmp_path, capsys):
     root = mine(tmp_path / "my data", images=14, annotated=11)
+    save_mask(np.full((48, 64), 255, np.uint8), root / "masks" / "photo 4.png")  # cannot validate
     call(own_images, root)
-    said = capsys.readouterr().out.splitlines()
-    annotated = sorted(f"photo {i}" for i in range(11))
-    assert (root / "val.txt").read_text().splitlines() == annotated[4::5]
+    said, annotated = capsys.readouterr().out.splitlines(), sorted(f"photo {i}" for i in range(11))
+    useful = [id for id in annotated if id != "photo 4"]
+    assert (root / "val.txt").read_text().splitlines() == useful[4::5]
     assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
     assert "14 images, 11 of them annotated; 2 for validation" in said[0] and "typically 48 pixels" in said[0]
-    masks = np.stack(list(masks_of(root).values()))
+    masks = np.stack([mask for id, mask in masks_of(root).items() if id in useful])
     shares = [f"{np.mean(masks == c):7.2%} of the annotated pixels" for c in range(3)]
     assert said[1:-1] == [f"{c:4} class {c}              {share}" for c, share in enumerate(shares)]
     words = shlex.split(said[-1])
@@ -241,7 +240,7 @@ def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_comman
     args = T.parse_args(words[2:])
     assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, "fixmatch")
     data = open_dataset(args.dataset, args.root, "all")
-    assert [item.id for item in data.labeled] == [id for id in annotated if id not in annotated[4::5]]
+    assert [item.id for item in data.labeled] == [id for id in annotated if id not in useful[4::5]]
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
 
 
@@ -249,7 +248,7 @@ def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_comman
     ((400, 300), False, None), ((127, 200), False, 96), ((20, 20), False, 32), ((400, 300), True, 288),
     ((400, 330), True, None),
 ])  # fmt: skip
-def test_the_command_names_a_crop_only_for_images_smaller_than_the_preset(tmp_path, capsys, monkeypatch, size, gpu, crop):
+def test_a_crop_is_named_only_for_images_smaller_than_the_preset(tmp_path, capsys, monkeypatch, size, gpu, crop):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     call(own_images, mine(tmp_path / "mine", images=2, annotated=2, size=size))
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -269,23 +268,6 @@ def test_folders_may_be_nested_and_lists_that_are_there_stay(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 for validation" in said and "3 never annotated        0.00%" in said and "1 Straße" in said
     assert (root / "val.txt").read_text() == "trip/photo 1\ntrip/photo 2\n"
-
-
-def test_a_folder_with_validation_images_of_its_own_gets_no_list(tmp_path, capsys):
-    root = trees.folder(tmp_path / "mine", val=2)
-    call(own_images, root)
-    assert "8 images, 6 of them annotated; 2 for validation" in capsys.readouterr().out
-    assert not (root / "val.txt").exists()
-    Image.new("L", (64, 48), 9).save(root / "val" / "masks" / "photo 1.png")
-    with pytest.raises(InputError, match="hold the values 0; 1; 2; 9, and .*classes.txt names 3 classes; expected"):
-        call(own_images, root)
-
-
-def test_what_is_255_all_over_does_not_validate(tmp_path):
-    root = mine(tmp_path / "mine")
-    save_mask(np.full((48, 64), 255, np.uint8), root / "masks" / "photo 4.png")  # would be the fifth
-    call(own_images, root)
-    assert (root / "val.txt").read_text() == "photo 5\n"
 
 
 def shuffled(mask, number):
@@ -359,22 +341,22 @@ def test_other_masks_are_listed_as_csv_lines_with_which_the_printed_command_conv
     call(own_images, root)  # ready now
 
 
-def test_a_table_names_the_classes_and_what_to_ignore(tmp_path, capsys):
-    root = trees.folder(tmp_path / "mine")
+def test_a_table_names_the_classes_and_what_to_ignore_in_val_too(tmp_path, capsys):
+    root, table = trees.folder(tmp_path / "mine"), tmp_path / "classes.csv"
     (root / "classes.txt").unlink()
     for place in (root, root / "val"):
         change_masks(place, lambda m: palette()[m + 1])
     (root / "masks.tmp").mkdir()  # a conversion was killed
     (root / "masks.tmp" / "photo 9.png").write_bytes(b"half")
-    table = tmp_path / "classes.csv"
     rows = [",".join(map(str, palette()[c + 1])) for c in range(3)]
     table.write_text(f"wheat, {rows[1]}\nignore,{rows[0]}\nwheat,{rows[2]}\nsoil,7,7,7\n")
     call(own_images, root, "--colors", table)
-    assert (root / "classes.txt").read_text() == "wheat\nsoil\n"
+    assert (root / "classes.txt").read_text() == "wheat\nsoil\n" and not (root / "val.txt").exists()
     for place in (root, root / "val"):
         assert all(set(np.unique(mask)) == {0, 255} for mask in masks_of(place).values())
         assert len(names_below(place / "masks-painted")) == len(names_below(place / "masks")) > 0
-    assert "0 wheat                100.00% of the annotated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 images, 6 of them annotated; 2 for validation" in said and "0 wheat                100.00% of the" in said
 
 
 @pytest.mark.parametrize("text, names, says", [
@@ -480,7 +462,7 @@ def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop
 
 
 @pytest.mark.parametrize("suffix, says", [
-    (".HEIC", "a photograph as phones store them: `magick mogrify -format jpg"), (".json", "export masks from your tool"),
+    (".HEIC", "a photograph as phones store them: `magick mogrify -format jpg"), (".json", "export masks from your to"),
     (".npy", "an array: Image.fromarray"), (".nef", "a camera's raw data"),
 ])  # fmt: skip
 def test_files_of_another_kind_are_explained_before_anything_is_to_be_removed(tmp_path, suffix, says):
@@ -512,7 +494,7 @@ def test_links_hidden_files_unicode_forms_and_odd_names_do_not_matter(tmp_path, 
     (root / "labels.txt").write_text("photo 2.bmp\nphoto 3\n")
     assert len(open_dataset("folder", root, root / "labels.txt").labeled) == 2
     (root / "labels.txt").write_text("photo 1\n")
-    with pytest.raises(InputError, match="1 ids are not in the training images, first photo 1; .* none of the images fo"):
+    with pytest.raises(InputError, match="1 ids are not in the training images, first photo 1; .* none of the images"):
         open_dataset("folder", root, root / "labels.txt")
     (root / "images" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(InputError, match="is not UTF-8; rename the file"):
@@ -618,45 +600,42 @@ def test_masks_overlays_and_margins_come_from_the_checkpoint_alone_under_the_ima
 
 
 def test_pseudo_labels_are_the_run_s_own_and_the_rest_is_255(tmp_path, run, new, capsys):
-    checkpoint = run / "last.pth"
-    common = [checkpoint, "--images", new, "--pseudo-labels", "--device", "cpu", "--workers", 1]
+    common = [run / "last.pth", "--images", new, "--pseudo-labels", "--device", "cpu", "--workers", 1]
     call(predict, *common, "--masks", tmp_path / "out")
     assert "255 no label" in capsys.readouterr().out
     call(predict, *common, "--masks", tmp_path / "fixed", "--threshold", 0.03)
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(run / "last.pth")
     options = E.label_options(saved["args"], saved["prior"])
     for id, path in D.files(new).items():
-        prob = probabilities(checkpoint, path)
+        prob, mask = probabilities(run / "last.pth", path), pixels(tmp_path / "out" / f"{id}.png")
         expected = pseudo_labels(prob, saved["args"]["alpha0"], **options)  # the quantile of one image
-        mask = pixels(tmp_path / "out" / f"{id}.png")
         assert np.array_equal(mask, expected.label[0]) and 0.01 < (mask == 255).mean() <= 0.42
         fixed = pseudo_labels(prob, None, **options | {"threshold": 0.03}).label[0]
         assert np.array_equal(pixels(tmp_path / "fixed" / f"{id}.png"), fixed)
 
 
-def test_large_images_are_predicted_in_windows_unless_told_otherwise(tmp_path, run, new, monkeypatch):
-    seen, plain = [], E.predict
-    monkeypatch.setattr(predict, "predict", lambda *given: seen.append(given[2]) or plain(*given))
-    wide = new.parent / "wide"
+@pytest.mark.parametrize("words, large, small", [
+    ("", ("sliding", 64, False), ("original", 64, False)),
+    ("--eval-mode original --refine", ("original", 32, False), ("original", 32, False)),
+    ("--eval-mode sliding --tta --student", ("sliding", 32, True), ("sliding", 32, True)),
+    ("--crop 50", ("sliding", 50, False), ("original", 50, False)),
+])  # fmt: skip
+def test_large_images_are_predicted_in_windows_unless_told_otherwise(tmp_path, run, monkeypatch, words, large, small):
+    seen, plain, wide = [], E.predict, tmp_path / "wide"
     wide.mkdir()
-    assert predict.LARGE == 1024
+    monkeypatch.setattr(predict, "predict", lambda *given: seen.append(given[2]) or plain(*given))
     monkeypatch.setattr(predict, "LARGE", 64)
     for name, size in (("large", (100, 40)), ("small", (64, 40))):
         Image.new("RGB", size, (200, 30, 90)).save(wide / f"{name}.png")
-    common = [run / "last.pth", "--images", wide, "--device", "cpu", "--masks"]
-    call(predict, *common, tmp_path / "a")
-    call(predict, *common, tmp_path / "b", "--eval-mode", "original", "--refine")
-    call(predict, *common, tmp_path / "c", "--eval-mode", "sliding", "--tta", "--student")
-    call(predict, *common, tmp_path / "d", "--crop", 50)
-    assert [(one.eval_mode, one.crop, one.tta) for one in seen] == [
-        ("sliding", 64, False), ("original", 64, False), ("original", 32, False), ("original", 32, False),
-        ("sliding", 32, True), ("sliding", 32, True), ("sliding", 50, False), ("original", 50, False),
-    ]  # fmt: skip
-    assert seen[2].refine == E.refinement_options(load_checkpoint(run / "last.pth")["args"]) and seen[0].refine is None
-    expected = probabilities(run / "last.pth", wide / "large.png", E.Protocol("sliding", 64)).argmax(1)[0]
-    assert np.array_equal(pixels(tmp_path / "a" / "large.png"), expected)
-    expected = probabilities(run / "last.pth", wide / "small.png", E.Protocol("sliding", 32, True), "student").argmax(1)
-    assert np.array_equal(pixels(tmp_path / "c" / "small.png"), expected[0])
+    out = ["--images", wide, "--device", "cpu", "--masks", tmp_path / "out", *words.split()]
+    call(predict, run / "last.pth", *out)
+    assert [(one.eval_mode, one.crop, one.tta) for one in seen] == [large, small]
+    options = E.refinement_options(load_checkpoint(run / "last.pth")["args"]) if "--refine" in words else None
+    assert seen[0].refine == options
+    for name, protocol in zip(("large", "small"), seen):
+        which = "student" if "--student" in words else "teacher"
+        expected = probabilities(run / "last.pth", wide / f"{name}.png", protocol, which).argmax(1)[0]
+        assert np.array_equal(pixels(tmp_path / "out" / f"{name}.png"), expected)
 
 
 def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named_after_all_others(tmp_path, run, new, capsys):
@@ -764,31 +743,6 @@ def test_the_report_counts_what_plain_loops_count(run, kind):
                 assert summary[name][part][str(share)] == pytest.approx(exact, abs=0.01)
             running = surest.cumsum() / np.arange(1, len(surest) + 1)
             assert summary[name][part]["area"] == pytest.approx(running.mean(), abs=0.01)
-
-
-def test_accuracy_at_equal_coverage_matches_sorted_pixels():
-    counts = np.random.default_rng(0).integers(0, 40, (2, 50))
-    surest = np.concatenate([  # inside a bin right and wrong are spread evenly
-        np.full(total, right / total) for right, total in zip(counts[1], counts.sum(0)) if total
-    ])  # fmt: skip
-    result = report.coverage_accuracy(counts)
-    for share in report.COVERAGES:
-        exact = surest[: round(share / 100 * len(surest))].mean()
-        assert result[str(share)] == pytest.approx(exact, abs=2e-3)
-    assert result["area"] == pytest.approx((surest.cumsum() / np.arange(1, len(surest) + 1)).mean(), abs=2e-3)
-    assert report.coverage_accuracy(np.zeros((2, 5))) == {}
-
-
-@pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
-def test_uncertainty_is_confidence_turned_round_and_stays_in_its_range(kind):
-    prob = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]).T.reshape(1, 3, 1, 3)
-    values = report.uncertainty(confidence(prob, kind), kind, 3)[0, 0]
-    assert not values.signbit().any()  # -0.0 would fall into no bin
-    values = values.tolist()
-    assert values[0] == pytest.approx(0, abs=1e-6) and values[0] < values[2] < values[1] <= 1
-    noise = torch.randn(1, 7, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(1)
-    refined = report.uncertainty(confidence(refine(noise), kind), kind, 7)
-    assert 0 <= refined.min() and refined.max() <= 1
 
 
 def test_the_report_prints_a_row_per_class_and_coverage_and_agrees_with_evaluate(tmp_path, run, capsys):
