@@ -527,7 +527,7 @@ def test_a_photograph_turned_by_its_tag_is_upright_and_a_mask_that_may_lie_is_sa
 def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_path, capsys):
     root = mine(tmp_path / "mine", size=(1600, 40))
     call(own_images, root)
-    assert "--shrink 512 writes copies" in capsys.readouterr().err
+    assert f"train on smaller copies: python tools/own_images.py {root} --shrink 512;" in capsys.readouterr().err
     call(own_images, root, "--shrink", 64)
     assert f"--root {root}-64" in capsys.readouterr().out
     assert (tmp_path / "mine-64" / "val.txt").read_text() == (root / "val.txt").read_text()

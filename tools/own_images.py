@@ -17,6 +17,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def warn(sentence):
 
 
 def each(function, *lists):
-    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads."""
+    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads.
+    Says every ten seconds how far it is."""
 
     def result(*members):
         try:
@@ -53,8 +55,14 @@ def each(function, *lists):
         except InputError as error:
             return error
 
+    results, said = [], time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        return list(pool.map(result, *lists))
+        for one in pool.map(result, *lists):
+            results.append(one)
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                print(f"{len(results)} of {len(lists[0])} files", file=sys.stderr)
+    return results
 
 
 def read_mask(path, by_value):
@@ -331,7 +339,8 @@ def main(args):
     for value, name in enumerate(names):
         print(f"{value:4} {name:20} {counts[value] / max(1, counts.sum()):7.2%} of the annotated pixels")
     if long > LARGE:
-        warn("these photographs are large; --shrink 512 writes copies to train on, which predict.py --shrink 512 fits")
+        command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
+        warn(f"these photographs are large; better train on smaller copies: {command}; then predict.py --shrink 512")
     crop = "" if short >= (321 if torch.cuda.is_available() else 128) else f" --crop {max(32, int(short) // 32 * 32)}"
     supervised = "" if data.unlabeled else " --framework supervised"  # all images are annotated
     print(f"python train.py --dataset folder --root {shlex.quote(str(root))}{crop}{supervised}")
