@@ -149,8 +149,8 @@ def test_counting_an_image_is_few_kernels_and_never_waits_for_the_gpu():
 
     prediction = torch.zeros(1, 375, 500, dtype=torch.long)
     with Record():
-        E.confusion_matrix(prediction, prediction.byte(), 21)
-        E.boundary_confusion(prediction, prediction.byte(), 21)
+        for count in (E.confusion_matrix, E.boundary_confusion):
+            count(prediction, prediction.byte(), 21)
     assert len([name for name in called if not name.startswith(views)]) <= 50, called
     assert not [name for name in called if name.startswith(("bincount", "nonzero", "_local_scalar"))]
 
@@ -194,22 +194,18 @@ def test_overlapping_windows_average_probabilities():
 
 
 def test_flips_and_scales_are_averaged_and_turned_back():
+    def one_sided(x):
+        left = torch.linspace(2, -2, x.shape[-1]).expand(1, *x.shape[-2:])
+        return torch.stack([left, -left], 1)
+
+    prob = E.predict(one_sided, picture(8, 12), E.Protocol(tta=True))
+    torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
     ramp = torch.arange(60, dtype=torch.uint8).mul(4).view(1, 1, 1, 60).expand(1, 3, 40, 60).clone()
     ramp[:, 1] = 255 - ramp[:, 1]
     network = ByColor()
     averaged, plain = E.predict(network, ramp, E.Protocol(tta=True)), E.predict(ByColor(), ramp)
     assert sorted(network.sizes) == [(30, 45)] * 2 + [(40, 60)] * 2 + [(50, 75)] * 2
     assert (averaged - plain).abs()[..., 3:-3].max() < 0.06  # a smooth image: scales differ only by interpolation
-    torch.testing.assert_close(averaged.sum(1), torch.ones(1, 40, 60))
-
-
-def test_a_network_that_prefers_one_side_is_balanced_by_flips():
-    def network(x):
-        left = torch.linspace(2, -2, x.shape[-1]).expand(1, *x.shape[-2:])
-        return torch.stack([left, -left], 1)
-
-    prob = E.predict(network, picture(8, 12), E.Protocol(tta=True))
-    torch.testing.assert_close(prob, torch.full((1, 2, 8, 12), 0.5))
 
 
 def test_the_bilateral_filter_equals_a_plain_loop():
@@ -287,7 +283,6 @@ def test_label_counts_are_those_of_a_plain_loop(changes):
 def test_without_ground_truth_only_the_shares_of_labels_are_known():
     assert E.label_figures(torch.tensor([8, 0, 2, 0, 0, 4, 0, 0])) == {"kept": 0.5, "kept_raw": 0.25}
     assert E.label_figures(torch.zeros(8)) == {"kept": 0, "kept_raw": 0}
-    assert E.label_figures(torch.tensor([8, 8, 0, 0, 0, 0, 0, 0]))["correct"] == 0
 
 
 @pytest.mark.parametrize("changes", [{}, {"threshold": 0.3}, {"confidence": "entropy", "refinement": False}])
@@ -303,14 +298,6 @@ def test_the_labels_of_whole_images_have_the_threshold_of_their_own_pixels(data,
     figures = E.evaluate_labels(network, data, data.unlabeled, CPU, E.Protocol(), args, None)
     assert figures == E.label_figures(counts) and 0 < figures["kept_raw"] < 1
     assert ("threshold" in changes) or figures["kept_raw"] == pytest.approx(0.6, abs=0.01)
-
-
-def test_the_options_of_a_run_are_those_of_refine_and_pseudo_labels():
-    expected = {"neighborhood": "cross", "neighbors": 2, "select": "min", "distance_weight": False, "dilation": 2}
-    others = {"threshold": 0.4, "refinement": False, "floor": 0.3}
-    args = run_arguments(**expected, **others, confidence="max")
-    assert E.refinement_options(args, 5) == expected | {"prior": 5}
-    assert E.label_options(args, 5) == expected | others | {"prior": 5, "kind": "max"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,10 +392,7 @@ def scored(checkpoint, *options):
 @pytest.mark.parametrize("command, part, count, changes", [
     ("", "val", 3, {}),
     ("--eval-mode sliding --crop 40", "val", 3, {"eval_mode": "sliding", "crop": 40}),
-    ("--eval-mode center-crop", "val", 3, {"eval_mode": "center-crop"}),
-    ("--tta", "val", 3, {"tta": True}),
-    ("--refine", "val", 3, {"refine": E.refinement_options(run_arguments())}),
-    ("--bilateral", "val", 3, {"bilateral": True}),
+    ("--eval-mode center-crop --tta", "val", 3, {"eval_mode": "center-crop", "tta": True}),
     ("--refine --bilateral", "val", 3, {"refine": E.refinement_options(run_arguments()), "bilateral": True}),
     ("--student --split train", "train", 4, {}),
     ("--split test", "test", 1, {}),
@@ -418,7 +402,6 @@ def scored(checkpoint, *options):
 def test_every_protocol_runs_through_the_command_line(saved, monkeypatch, capsys, command, part, count, changes):
     checkpoint, root, networks = saved
     used, predict, protocol = [], E.predict, E.Protocol("original", 32)._replace(**changes)
-    panels = root.parent / "panels"
 
     def watched(network, image, protocol):
         used.append((network.classifier.bias.tolist(), protocol))
@@ -426,18 +409,18 @@ def test_every_protocol_runs_through_the_command_line(saved, monkeypatch, capsys
 
     monkeypatch.setattr(E, "predict", watched)
     which, shown = "student" if "--student" in command else "teacher", E.Protocol(bilateral=protocol.bilateral)
-    result, bias = scored(checkpoint, "--panels", panels, *command.split()), networks[which].classifier.bias.tolist()
+    result = scored(checkpoint, "--panels", root.parent / "panels", *command.split())
+    bias = networks[which].classifier.bias.tolist()
     assert used == [(bias, protocol)] * count + [(bias, shown)] * 2
-    assert Image.open(panels / "step-000007.png").size == (2 + 8 * 162, 16 + 2 + 2 * 162)
+    assert Image.open(root.parent / "panels" / "step-000007.png").size == (2 + 8 * 162, 16 + 2 + 2 * 162)
     about = protocol._asdict() | {"refine": "--refine" in command, "network": which, "split": part, "images": count}
     assert result.items() >= (about | {"step": 7}).items()
     said = capsys.readouterr().out
     assert f"step 7: {count} {part} images of camvid, {protocol.eval_mode}" in said
     if part == "unlabeled":
-        assert result["kept_raw"] == pytest.approx(0.6, abs=0.01)
-        assert f"kept_raw {100 * result['kept_raw']:11.2f} %" in said
+        assert f"kept_raw {100 * result['kept_raw']:11.2f} %" in said and abs(result["kept_raw"] - 0.6) < 0.01
     else:
-        assert 0 <= result["miou"] <= 100 and len(result["iou"]) == len(result["boundary_iou"]) == 11
+        assert len(result["iou"]) == len(result["boundary_iou"]) == 11
         assert f"pixel accuracy {result['pixel_accuracy']:.2f}" in said
 
 
@@ -487,14 +470,10 @@ def test_a_command_line_that_makes_no_sense_says_what_is_expected(capsys, option
     with pytest.raises(SystemExit):
         E.parse_args(["last.pth", *options.split()])
     assert says in capsys.readouterr().err
-
-
-def test_numbers_on_the_command_line_have_limits():
     share, positive = E.number(float, 0, 1), E.number(float, 0, above=True)
-    assert share("1") == 1 and share("0") == 0 and positive("1e-9") == 1e-9 and share.__name__ == "float"
-    limits = "at least 0 and at most 1"
-    for parse, text, says in ((share, "1.5", limits), (share, "nan", limits), (positive, "0", "more than 0")):
-        with pytest.raises(E.argparse.ArgumentTypeError, match=f"{text} is out of range; expected .*{says}"):
+    assert share("1") == 1 and share("0") == 0 and positive("1e-9") == 1e-9
+    for parse, text, limit in ((share, "1.5", "most 1"), (share, "nan", "most 1"), (positive, "0", "more than 0")):
+        with pytest.raises(E.argparse.ArgumentTypeError, match=f"{text} is out of range; expected .*{limit}"):
             parse(text)
 
 

@@ -50,24 +50,21 @@ def names_below(folder):
 
 
 def test_every_tool_starts_from_any_folder(tmp_path):
-    code = (
-        "import runpy, sys\n"
-        "for tool in sys.argv[1:]:\n"
-        "    sys.argv = [tool, '--help']\n"
-        "    path = list(sys.path)\n"
-        "    try:\n"
-        "        runpy.run_path(tool, run_name='__main__')\n"
-        "    except SystemExit as end:\n"
-        "        assert not end.code\n"
-        "    sys.path[:] = path\n"
-        "    for name in ('data', 'evaluate', 'model', 'refine'):\n"  # the next one has to find them by itself
-        "        sys.modules.pop(name, None)\n"
-    )
-    tools = sorted((ROOT / "tools").glob("*.py"))
-    command = [sys.executable, "-c", code, *tools]
+    code = """
+import runpy, sys
+for tool in sys.argv[1:]:
+    sys.argv, path = [tool, "--help"], list(sys.path)
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    sys.path[:] = path
+    for name in ("data", "evaluate", "model", "refine"):  # the next one has to find them by itself
+        sys.modules.pop(name, None)
+"""
+    command = [sys.executable, "-c", code, *sorted((ROOT / "tools").glob("*.py"))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    for name in ("own_images", "predict", "prepare", "report"):
-        assert f"python tools/{name}.py" in done.stdout
+    assert all(f"python tools/{name}.py" in done.stdout for name in ("own_images", "predict", "prepare", "report"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,16 +118,13 @@ def test_pascal_is_downloaded_once_and_mended_where_files_are_gone(tmp_path, voc
     call(prepare, "pascal", "--root", root)  # needs nothing
 
 
-def test_a_failed_download_is_one_sentence(tmp_path, voc):
-    voc.write_bytes(b"something else")
-    with pytest.raises(InputError, match=r"the download to .*root failed \(.*corrupted.*\); run the same command"):
-        call(prepare, "pascal", "--root", tmp_path / "root")
-    voc.unlink()
-    with pytest.raises(InputError, match=r"the download to .*root failed \(.*404.*\); run the same command"):
-        call(prepare, "pascal", "--root", tmp_path / "root")
-
-
-def test_an_archive_that_lacks_files_of_the_lists_is_not_called_complete(tmp_path, voc):
+def test_a_download_that_fails_or_lacks_files_of_the_lists_is_one_sentence(tmp_path, voc):
+    archive = voc.read_bytes()
+    for content, reason in ((b"something else", "corrupted"), (None, "404")):
+        voc.unlink() if content is None else voc.write_bytes(content)
+        with pytest.raises(InputError, match=rf"the download to .*root failed \(.*{reason}.*\); run the same command"):
+            call(prepare, "pascal", "--root", tmp_path / "root")
+    voc.write_bytes(archive)
     with open(tmp_path / "splits" / "pascal" / "val.txt", "a") as file:
         file.write("2009_000009\n")
     with pytest.raises(InputError, match="lacks files of 1 images, first 2009_000009; remove it and start again"):
@@ -139,25 +133,23 @@ def test_an_archive_that_lacks_files_of_the_lists_is_not_called_complete(tmp_pat
 
 def test_the_coarse_masks_are_converted_once_from_sbd_s_matlab_files(tmp_path, voc, served, monkeypatch):
     scipy_io = pytest.importorskip("scipy.io", reason="--sbd needs scipy, which is optional")
-    matlab = tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls"
+    matlab, words = tmp_path / "sbd" / "benchmark_RELEASE" / "dataset" / "cls", ["--root", tmp_path / "root", "--sbd"]
     matlab.mkdir(parents=True)
-    masks = {}
-    for id in ("2008_000001", "2008_000002"):
-        masks[id] = np.random.default_rng(len(masks)).integers(0, 21, (55, 97)).astype(np.uint8)
-        scipy_io.savemat(matlab / f"{id}.mat", {"GTcls": {"Segmentation": masks[id]}})
+    masks = np.random.default_rng(0).integers(0, 21, (2, 55, 97)).astype(np.uint8)
+    for id, mask in zip(("2008_000001", "2008_000002"), masks):
+        scipy_io.savemat(matlab / f"{id}.mat", {"GTcls": {"Segmentation": mask}})
     monkeypatch.setattr(SBDataset, "md5", archive(tmp_path / "sbd", tmp_path / "benchmark.tgz"))
     monkeypatch.setattr(SBDataset, "url", f"{served}/benchmark.tgz")
-    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+    call(prepare, "pascal", *words)
     folder = tmp_path / "root" / "VOCdevkit" / "VOC2012" / "SegmentationClassAug"
     assert names_below(folder) == ["2008_000001.png", "2008_000002.png"]
-    for id, mask in masks.items():
-        assert np.array_equal(pixels(folder / f"{id}.png"), mask)
+    assert all(np.array_equal(pixels(folder / f"2008_00000{i + 1}.png"), masks[i]) for i in range(2))
     for packed in (tmp_path / "benchmark.tgz", tmp_path / "root" / "benchmark.tgz"):
         packed.unlink()
-    call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")  # needs nothing
+    call(prepare, "pascal", *words)  # needs nothing
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(InputError, match="--sbd reads MATLAB files, and scipy is not installed; pip install scipy"):
-        call(prepare, "pascal", "--root", tmp_path / "root", "--sbd")
+        call(prepare, "pascal", *words)
 
 
 def test_cityscapes_says_what_to_download_and_what_is_there(tmp_path, monkeypatch, capsys):
@@ -199,9 +191,6 @@ def test_check_counts_every_pixel_and_names_everything_that_is_wrong_at_once(tmp
 
 def test_check_reads_the_test_images_of_a_dataset_that_has_some(tmp_path, capsys):
     root = trees.camvid(tmp_path / "camvid", test=2)
-    call(prepare, "check", "--dataset", "camvid", "--root", tmp_path, "--labeled", 2)
-    said = capsys.readouterr().out
-    assert "labeled: 2 images" in said and "unlabeled: 4 images" in said and "test: 2 images, 2 masks" in said
     Image.new("L", (3, 3)).save(root / "testannot" / "test0.png")
     with pytest.raises(InputError, match="1 files are missing or broken"):
         call(prepare, "check", "--dataset", "camvid", "--root", tmp_path, "--labeled", 2)
@@ -236,13 +225,14 @@ def masks_of(root):
 
 def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_command_fits(tmp_path, capsys):
     root = mine(tmp_path / "my data", images=14, annotated=11)
+    save_mask(np.full((48, 64), 255, np.uint8), root / "masks" / "photo 4.png")  # cannot validate
     call(own_images, root)
-    said = capsys.readouterr().out.splitlines()
-    annotated = sorted(f"photo {i}" for i in range(11))
-    assert (root / "val.txt").read_text().splitlines() == annotated[4::5]
+    said, annotated = capsys.readouterr().out.splitlines(), sorted(f"photo {i}" for i in range(11))
+    useful = [id for id in annotated if id != "photo 4"]
+    assert (root / "val.txt").read_text().splitlines() == useful[4::5]
     assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
     assert "14 images, 11 of them annotated; 2 for validation" in said[0] and "typically 48 pixels" in said[0]
-    masks = np.stack(list(masks_of(root).values()))
+    masks = np.stack([mask for id, mask in masks_of(root).items() if id in useful])
     shares = [f"{np.mean(masks == c):7.2%} of the annotated pixels" for c in range(3)]
     assert said[1:-1] == [f"{c:4} class {c}              {share}" for c, share in enumerate(shares)]
     words = shlex.split(said[-1])
@@ -250,7 +240,7 @@ def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_comman
     args = T.parse_args(words[2:])
     assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, "fixmatch")
     data = open_dataset(args.dataset, args.root, "all")
-    assert [item.id for item in data.labeled] == [id for id in annotated if id not in annotated[4::5]]
+    assert [item.id for item in data.labeled] == [id for id in annotated if id not in useful[4::5]]
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
 
 
@@ -258,7 +248,7 @@ def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_comman
     ((400, 300), False, None), ((127, 200), False, 96), ((20, 20), False, 32), ((400, 300), True, 288),
     ((400, 330), True, None),
 ])  # fmt: skip
-def test_the_command_names_a_crop_only_for_images_smaller_than_the_preset(tmp_path, capsys, monkeypatch, size, gpu, crop):
+def test_a_crop_is_named_only_for_images_smaller_than_the_preset(tmp_path, capsys, monkeypatch, size, gpu, crop):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     call(own_images, mine(tmp_path / "mine", images=2, annotated=2, size=size))
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -272,35 +262,12 @@ def test_folders_may_be_nested_and_lists_that_are_there_stay(tmp_path, capsys):
         (root / kind).rename(root / "trip")
         (root / kind).mkdir()
         (root / "trip").rename(root / kind / "trip")
-    call(own_images, root)
-    assert (root / "val.txt").read_text() == "trip/photo 4\n"
     (root / "val.txt").write_text("trip/photo 1\ntrip/photo 2\n")
     (root / "classes.txt").write_bytes("soil\nStraße\nweed\nnever annotated\n".encode("latin-1"))
-    capsys.readouterr()
     call(own_images, root)
     said = capsys.readouterr().out
     assert "2 for validation" in said and "3 never annotated        0.00%" in said and "1 Straße" in said
     assert (root / "val.txt").read_text() == "trip/photo 1\ntrip/photo 2\n"
-    (root / "val.txt").write_text("trip/photo 77\n")
-    with pytest.raises(InputError, match="val.txt names trip/photo 77, "):
-        call(own_images, root)
-
-
-def test_a_folder_with_validation_images_of_its_own_gets_no_list(tmp_path, capsys):
-    root = trees.folder(tmp_path / "mine", val=2)
-    call(own_images, root)
-    assert "8 images, 6 of them annotated; 2 for validation" in capsys.readouterr().out
-    assert not (root / "val.txt").exists()
-    Image.new("L", (64, 48), 9).save(root / "val" / "masks" / "photo 1.png")
-    with pytest.raises(InputError, match="hold the values 0; 1; 2; 9, and .*classes.txt names 3 classes; expected"):
-        call(own_images, root)
-
-
-def test_what_is_255_all_over_does_not_validate(tmp_path):
-    root = mine(tmp_path / "mine")
-    save_mask(np.full((48, 64), 255, np.uint8), root / "masks" / "photo 4.png")  # would be the fifth
-    call(own_images, root)
-    assert (root / "val.txt").read_text() == "photo 5\n"
 
 
 def shuffled(mask, number):
@@ -332,7 +299,8 @@ OTHER_MASKS = {  # a change, a suffix, the class of each index
     "two values": (lambda m: m > 0, ".png", {0: 0, 1: 1, 2: 1}),
     "16 bits": (lambda m: m.astype(np.uint16) * 300, ".png", {0: 0, 1: 1, 2: 2}),
     "32 bits": (lambda m: np.array([-9999, 70000, 5], np.int32)[m], ".tif", {0: 255, 1: 1, 2: 0}),
-    "float": (lambda m: np.array([np.nan, 0.25, 7], np.float32)[m], ".tif", {0: 255, 1: 0, 2: 1}),
+    "float": (lambda m, i: np.array([(np.nan, np.inf, -3.4e38)[i % 3], 0.25, 7], np.float32)[m], ".tif",
+              {0: 255, 1: 0, 2: 1}),
     "colors": (lambda m: palette()[m + 3], ".png", {0: 2, 1: 0, 2: 1}),
     "colors in BMP": (lambda m: palette()[m], ".bmp", {0: 0, 1: 2, 2: 1}),
     "transparent": (see_through, ".png", {0: 0, 1: 1, 2: 2}),
@@ -341,7 +309,7 @@ OTHER_MASKS = {  # a change, a suffix, the class of each index
     "soft colors": (lambda m: soft(m, [[0, 0, 0], [255, 0, 0], [0, 0, 255]]), ".png", {0: 0, 1: 2, 2: 1}),
     "soft grays in JPEG": (lambda m: soft(m, [0, 120, 250]), ".jpg", {0: 0, 1: 1, 2: 2}),
     "soft indices": (lambda m: soft(m, [0, 7, 3]), ".png", {0: 0, 1: 2, 2: 1}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER_MASKS)
@@ -373,44 +341,41 @@ def test_other_masks_are_listed_as_csv_lines_with_which_the_printed_command_conv
     call(own_images, root)  # ready now
 
 
-def test_a_table_names_the_classes_and_what_to_ignore(tmp_path, capsys):
-    root = trees.folder(tmp_path / "mine")
+def test_a_table_names_the_classes_and_what_to_ignore_in_val_too(tmp_path, capsys):
+    root, table = trees.folder(tmp_path / "mine"), tmp_path / "classes.csv"
     (root / "classes.txt").unlink()
     for place in (root, root / "val"):
         change_masks(place, lambda m: palette()[m + 1])
     (root / "masks.tmp").mkdir()  # a conversion was killed
     (root / "masks.tmp" / "photo 9.png").write_bytes(b"half")
-    table = tmp_path / "classes.csv"
     rows = [",".join(map(str, palette()[c + 1])) for c in range(3)]
     table.write_text(f"wheat, {rows[1]}\nignore,{rows[0]}\nwheat,{rows[2]}\nsoil,7,7,7\n")
     call(own_images, root, "--colors", table)
-    assert (root / "classes.txt").read_text() == "wheat\nsoil\n"
+    assert (root / "classes.txt").read_text() == "wheat\nsoil\n" and not (root / "val.txt").exists()
     for place in (root, root / "val"):
         assert all(set(np.unique(mask)) == {0, 255} for mask in masks_of(place).values())
         assert len(names_below(place / "masks-painted")) == len(names_below(place / "masks")) > 0
-    assert "0 wheat                100.00% of the annotated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 images, 6 of them annotated; 2 for validation" in said and "0 wheat                100.00% of the" in said
 
 
-def test_a_conversion_that_cannot_end_well_changes_nothing(tmp_path):
+@pytest.mark.parametrize("text, names, says", [
+    ("soil,1\nwheat,2\n", "", "mask .*photo 0.png holds 3, which .*classes.csv does not; add lines for them"),
+    ("soil,1\nsoil,2\nignore,3\n", "", "expected 2 to 254 different names"),
+    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "classes.txt and .*classes.csv name other classes; make them the"),
+    ("soil,1\nwheat,2\nweed,3\n", None, "masks-painted is there from an earlier conversion; move it away first"),
+])  # fmt: skip
+def test_a_conversion_that_cannot_end_well_changes_nothing(tmp_path, text, names, says):
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
     change_masks(root, lambda m: m + np.uint8(1))
     before = masks_of(root)
-
-    def refused(says, text="soil,1\nwheat,2\nweed,3\n"):
-        table.write_text(text)
-        with pytest.raises(InputError, match=says):
-            call(own_images, root, "--colors", table)
-        after = masks_of(root)
-        assert after.keys() == before.keys() and all(np.array_equal(after[id], before[id]) for id in before)
-        assert not (root / "masks.tmp").exists() and not (root / "val.txt").exists()
-
-    refused("mask .*photo 0.png holds 3, which .*classes.csv does not; add lines for them", "soil,1\nwheat,2\n")
-    refused("expected 2 to 254 different names", "soil,1\nsoil,2\nignore,3\n")
-    (root / "classes.txt").write_text("soil\nmaize\n")
-    refused("classes.txt and .*classes.csv name other classes; make them the same, or remove")
-    (root / "classes.txt").unlink()
-    (root / "masks-painted").mkdir()
-    refused("masks-painted is there from an earlier conversion; move it away first")
+    (root / "masks-painted").mkdir() if names is None else (root / "classes.txt").write_text(names) if names else None
+    table.write_text(text)
+    with pytest.raises(InputError, match=says):
+        call(own_images, root, "--colors", table)
+    after = masks_of(root)
+    assert after.keys() == before.keys() and all(np.array_equal(after[id], before[id]) for id in before)
+    assert not (root / "masks.tmp").exists() and not (root / "val.txt").exists()
 
 
 COLORS = {(0, 0, 0, 255): 0, (128, 64, 128, 255): 1}
@@ -443,49 +408,61 @@ def test_a_bad_table_gets_a_sentence(tmp_path, text, says):
         call(own_images, mine(tmp_path / "mine"), "--colors", tmp_path / "classes.csv")
 
 
-def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
-    with pytest.raises(InputError, match="lacks images/ or masks/; expected both"):
-        call(own_images, tmp_path)
-    with pytest.raises(InputError, match="has 1 annotated images; expected two, to learn from and to validate"):
-        call(own_images, mine(tmp_path / "few", annotated=1))
+def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
+    def refused(root, says):
+        with pytest.raises(InputError, match=says):
+            call(own_images, root)
+
+    refused(tmp_path, "lacks images/ or masks/; expected both")
+    refused(mine(tmp_path / "few", annotated=1), "has 1 annotated images; expected two, to learn from and to validate")
     root = mine(tmp_path / "mine")
-    (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
-    with pytest.raises(InputError, match="1 masks belong to no image, first .*photo 0_mask.png; rename or remove them"):
-        call(own_images, root)
-    (root / "masks" / "photo 0_mask.png").unlink()
-    change_masks(root, lambda m, i: np.random.default_rng(i).integers(0, 256, (48, 64, 3)).astype(np.uint8))  # no masks
-    with pytest.raises(InputError, match="expected 2 to 254 classes, each in areas of its own value or color"):
-        call(own_images, root)
+    (root / "val.txt").write_text("photo 77\n")
+    refused(root, "val.txt names photo 77, ")
     (root / "classes.txt").write_text("soil\nsoil\nweed\n")
-    shutil.copytree(mine(tmp_path / "good") / "masks", root / "masks", dirs_exist_ok=True)
-    with pytest.raises(InputError, match="has the classes soil, soil, weed; expected 2 to 254 different names"):
+    refused(root, "has the classes soil, soil, weed; expected 2 to 254 different names")
+    (root / "classes.txt").unlink()
+    change_masks(root, lambda m, i: np.random.default_rng(i).integers(0, 256, (48, 64, 3)).astype(np.uint8))  # no masks
+    refused(root, r"hold 1\d+ colors, none of them in areas; expected 2 to 254 classes, each in areas of its own value")
+    (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
+    refused(root, "1 masks belong to no image, first .*photo 0_mask.png; rename or remove them")
+
+
+def test_what_is_in_classes_txt_names_the_printed_lines_and_jpeg_s_strays_are_said(tmp_path, capsys):
+    root = mine(tmp_path / "mine")
+    (root / "classes.txt").write_text("soil\ncrack\n")
+    change_masks(root, lambda m: (m > 0).astype(np.uint8) * 255)
+    with pytest.raises(InputError, match="hold the values 0; 255, and .*classes.txt names 2 classes; expected PNG"):
+        call(own_images, root)
+    assert capsys.readouterr().out == "soil,0\ncrack,255\n"
+    change_masks(root, lambda m: m // 128, ".jpg")
+    with pytest.raises(InputError, match=r"and JPEG has changed some \(what nobody drew is to have the name ignore\)"):
         call(own_images, root)
 
 
 def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop_nothing(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "images" / "notes.odt").write_text("x")
-    (root / "images" / "photo 6.png").unlink()
     whole = (root / "images" / "photo 0.jpg").read_bytes()
-    (root / "images" / "photo 6.jpg").write_bytes(whole[:-100])  # its header is whole
-    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "images" / "photo 9.png")
+    (root / "images" / "photo 6.png").write_bytes(whole[:-100])  # its header is whole
+    (root / "images" / "photo 9.jpg").symlink_to("nowhere.jpg")
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(root / "images" / "photo 7.bmp", "PNG")
     call(own_images, root)
     said = capsys.readouterr().err
     assert "1 files are left out, for their suffix is no image's, first" in said and "notes.odt" in said
-    assert "photo 6.jpg could not be read (image file is truncated" in said and "training goes on without it" in said
-    assert "photo 9.png is a I;16 image; convert it to 8 bits per channel" in said
+    assert "photo 6.png could not be read (image file is truncated" in said and "training goes on without it" in said
+    assert "photo 7.bmp is a I;16 image; convert it" in said and "photo 9.jpg could not be read ([Errno 2]" in said
     (root / "images" / "photo 0.jpg").write_bytes(whole[:-100])
     (root / "masks" / "photo 1.png").write_bytes(b"broken")
     Image.new("L", (48, 64)).save(root / "masks" / "photo 2.png")
-    with pytest.raises(InputError, match="5 files cannot be used, each is named above; replace or remove them"):
+    with pytest.raises(InputError, match="6 files cannot be used, each is named above; replace or remove them"):
         call(own_images, root)
     said = capsys.readouterr().err
-    assert all(f"photo {name} could not be read" in said for name in ("0.jpg", "1.png", "6.jpg"))
+    assert all(f"photo {name} could not be read" in said for name in ("0.jpg", "1.png", "6.png"))
     assert "photo 2.png has (48, 64) pixels, its image (64, 48); expected the same size" in said
 
 
 @pytest.mark.parametrize("suffix, says", [
-    (".HEIC", "a photograph as phones store them: `magick mogrify -format jpg"), (".json", "export masks from your tool"),
+    (".HEIC", "a photograph as phones store them: `magick mogrify -format jpg"), (".json", "export masks from your to"),
     (".npy", "an array: Image.fromarray"), (".nef", "a camera's raw data"),
 ])  # fmt: skip
 def test_files_of_another_kind_are_explained_before_anything_is_to_be_removed(tmp_path, suffix, says):
@@ -505,19 +482,19 @@ def test_links_hidden_files_unicode_forms_and_odd_names_do_not_matter(tmp_path, 
     (root / "images" / "scene.tif").mkdir()
     for name in ("._photo 0.jpg", ".DS_Store", "Thumbs.db"):
         (root / "images" / name).write_bytes(b"\0")
-    for kind, name in (("images", "e\u0301 .jpg"), ("masks", "\u00e9 .png")):  # two forms of one letter, and a space
-        (root / kind / f"photo 0{name[-4:]}").rename(root / kind / name)
+    for kind, name in (("images", "e\u0301 .jpg"), ("masks", "\u00e9 .png ")):  # two forms of one letter, and spaces
+        (root / kind / f"photo 0{name.strip()[-4:]}").rename(root / kind / name)
     call(own_images, root)
     said = capsys.readouterr()
     assert "8 images, 6 of them annotated" in said.out and not said.err
     (root / "val.txt").write_text("e\u0301 .jpg\nphoto 1\n")
     data = open_dataset("folder", root, "all")
-    assert [item.id for item in data.val] == ["photo 1", "\u00e9 "] or len(data.val) == 2
+    assert {item.id for item in data.val} == {"photo 1", "\u00e9 "}
     assert "phone/photo 7" in [item.id for item in data.unlabeled]
     (root / "labels.txt").write_text("photo 2.bmp\nphoto 3\n")
     assert len(open_dataset("folder", root, root / "labels.txt").labeled) == 2
     (root / "labels.txt").write_text("photo 1\n")
-    with pytest.raises(InputError, match="1 ids are not in the training images, first photo 1; .* none of the images fo"):
+    with pytest.raises(InputError, match="1 ids are not in the training images, first photo 1; .* none of the images"):
         open_dataset("folder", root, root / "labels.txt")
     (root / "images" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
     with pytest.raises(InputError, match="is not UTF-8; rename the file"):
@@ -550,7 +527,7 @@ def test_a_photograph_turned_by_its_tag_is_upright_and_a_mask_that_may_lie_is_sa
 def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_path, capsys):
     root = mine(tmp_path / "mine", size=(1600, 40))
     call(own_images, root)
-    assert "--shrink 512 writes copies" in capsys.readouterr().err
+    assert f"train on smaller copies: python tools/own_images.py {root} --shrink 512;" in capsys.readouterr().err
     call(own_images, root, "--shrink", 64)
     assert f"--root {root}-64" in capsys.readouterr().out
     assert (tmp_path / "mine-64" / "val.txt").read_text() == (root / "val.txt").read_text()
@@ -593,7 +570,8 @@ def new(tmp_path):
 
 def probabilities(checkpoint, path, protocol=E.Protocol(), which="teacher"):
     image = D.VF.pil_to_tensor(D.open_image(path, "RGB"))[None]
-    return E.predict(load_network(load_checkpoint(checkpoint), which), image, protocol)
+    network = load_network(load_checkpoint(checkpoint), which).to(memory_format=torch.channels_last)
+    return E.predict(network, image, protocol)  # the tool's layout, which rounds otherwise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,58 +600,75 @@ def test_masks_overlays_and_margins_come_from_the_checkpoint_alone_under_the_ima
 
 
 def test_pseudo_labels_are_the_run_s_own_and_the_rest_is_255(tmp_path, run, new, capsys):
-    checkpoint = run / "last.pth"
-    common = [checkpoint, "--images", new, "--pseudo-labels", "--device", "cpu", "--workers", 1]
+    common = [run / "last.pth", "--images", new, "--pseudo-labels", "--device", "cpu", "--workers", 1]
     call(predict, *common, "--masks", tmp_path / "out")
     assert "255 no label" in capsys.readouterr().out
     call(predict, *common, "--masks", tmp_path / "fixed", "--threshold", 0.03)
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(run / "last.pth")
     options = E.label_options(saved["args"], saved["prior"])
     for id, path in D.files(new).items():
-        prob = probabilities(checkpoint, path)
+        prob, mask = probabilities(run / "last.pth", path), pixels(tmp_path / "out" / f"{id}.png")
         expected = pseudo_labels(prob, saved["args"]["alpha0"], **options)  # the quantile of one image
-        mask = pixels(tmp_path / "out" / f"{id}.png")
         assert np.array_equal(mask, expected.label[0]) and 0.01 < (mask == 255).mean() <= 0.42
         fixed = pseudo_labels(prob, None, **options | {"threshold": 0.03}).label[0]
         assert np.array_equal(pixels(tmp_path / "fixed" / f"{id}.png"), fixed)
 
 
-def test_large_images_are_predicted_in_windows_unless_told_otherwise(tmp_path, run, new, monkeypatch):
-    seen, plain = [], E.predict
-    monkeypatch.setattr(predict, "predict", lambda *given: seen.append(given[2]) or plain(*given))
-    wide = new.parent / "wide"
+@pytest.mark.parametrize("words, large, small", [
+    ("", ("sliding", 64, False), ("original", 64, False)),
+    ("--eval-mode original --refine", ("original", 32, False), ("original", 32, False)),
+    ("--eval-mode sliding --tta --student", ("sliding", 32, True), ("sliding", 32, True)),
+    ("--crop 50", ("sliding", 50, False), ("original", 50, False)),
+])  # fmt: skip
+def test_large_images_are_predicted_in_windows_unless_told_otherwise(tmp_path, run, monkeypatch, words, large, small):
+    seen, plain, wide = [], E.predict, tmp_path / "wide"
     wide.mkdir()
-    assert predict.LARGE == 1024
+    monkeypatch.setattr(predict, "predict", lambda *given: seen.append(given[2]) or plain(*given))
     monkeypatch.setattr(predict, "LARGE", 64)
     for name, size in (("large", (100, 40)), ("small", (64, 40))):
         Image.new("RGB", size, (200, 30, 90)).save(wide / f"{name}.png")
-    common = [run / "last.pth", "--images", wide, "--device", "cpu", "--masks"]
-    call(predict, *common, tmp_path / "a")
-    call(predict, *common, tmp_path / "b", "--eval-mode", "original", "--refine")
-    call(predict, *common, tmp_path / "c", "--eval-mode", "sliding", "--tta", "--student")
-    call(predict, *common, tmp_path / "d", "--crop", 50)
-    assert [(one.eval_mode, one.crop, one.tta) for one in seen] == [
-        ("sliding", 64, False), ("original", 64, False), ("original", 32, False), ("original", 32, False),
-        ("sliding", 32, True), ("sliding", 32, True), ("sliding", 50, False), ("original", 50, False),
-    ]  # fmt: skip
-    assert seen[2].refine == E.refinement_options(load_checkpoint(run / "last.pth")["args"]) and seen[0].refine is None
-    expected = probabilities(run / "last.pth", wide / "large.png", E.Protocol("sliding", 64)).argmax(1)[0]
-    assert np.array_equal(pixels(tmp_path / "a" / "large.png"), expected)
-    expected = probabilities(run / "last.pth", wide / "small.png", E.Protocol("sliding", 32, True), "student").argmax(1)
-    assert np.array_equal(pixels(tmp_path / "c" / "small.png"), expected[0])
+    out = ["--images", wide, "--device", "cpu", "--masks", tmp_path / "out", *words.split()]
+    call(predict, run / "last.pth", *out)
+    assert [(one.eval_mode, one.crop, one.tta) for one in seen] == [large, small]
+    options = E.refinement_options(load_checkpoint(run / "last.pth")["args"]) if "--refine" in words else None
+    assert seen[0].refine == options
+    for name, protocol in zip(("large", "small"), seen):
+        which = "student" if "--student" in words else "teacher"
+        expected = probabilities(run / "last.pth", wide / f"{name}.png", protocol, which).argmax(1)[0]
+        assert np.array_equal(pixels(tmp_path / "out" / f"{name}.png"), expected)
 
 
-def test_masks_that_are_there_stay_and_a_broken_image_ends_with_exit_code_1_after_all_others(tmp_path, run, new):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "photo 0.png").write_bytes(b"corrected by hand")
+def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named_after_all_others(tmp_path, run, new, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "photo 0.png").write_bytes(b"corrected by hand")
     (new / "photo 2.bmp").write_bytes(b"BM broken")
-    words = [run / "last.pth", "--images", new, "--masks", tmp_path / "out", "--device", "cpu"]
-    done = subprocess.run([sys.executable, ROOT / "tools" / "predict.py", *words], capture_output=True, text=True)
-    assert done.returncode == 1 and "photo 2.bmp could not be read" in done.stderr
-    assert done.stderr.endswith("predict.py: 1 images have no mask, for the reasons named above\n")
-    assert "1 masks were in" in done.stdout and "3 masks written" in done.stdout
-    assert (tmp_path / "out" / "photo 0.png").read_bytes() == b"corrected by hand"
-    assert names_below(tmp_path / "out") == ["photo 0.png", "photo 3.png", "photo 4.png", "trip/photo 1.png"]
+    long = "x" * 250  # with .png.tmp no name of a file
+    Image.new("RGB", (40, 40)).save(new / f"{long}.png")
+    with pytest.raises(InputError, match="2 images have no mask, for the reasons named above"):
+        call(predict, run / "last.pth", "--images", new, "--masks", out, "--device", "cpu")
+    said = capsys.readouterr()
+    assert "photo 2.bmp could not be read" in said.err and f"{long}.png has no mask: [Errno 36] File name" in said.err
+    assert "1 masks were in" in said.out and "3 masks written" in said.out
+    assert (out / "photo 0.png").read_bytes() == b"corrected by hand"
+    assert names_below(out) == ["photo 0.png", "photo 3.png", "photo 4.png", "trip/photo 1.png"]
+
+
+def test_one_image_two_of_one_stem_probabilities_and_smaller_copies(tmp_path, run, new):
+    Image.new("RGB", (40, 30), (200, 30, 90)).save(new / "photo 0.png")
+    call(predict, run / "last.pth", "--images", new, "--masks", tmp_path / "out", "--device", "cpu")
+    assert {"photo 0.jpg.png", "photo 0.png.png", "photo 2.png"} < {*names_below(tmp_path / "out")}
+    words = ["--images", new / "photo 2.bmp", "--masks", tmp_path / "one", "--probabilities", "--device", "cpu"]
+    call(predict, run / "last.pth", *words)
+    assert names_below(tmp_path / "one") == ["photo 2.png"]
+    with np.load(tmp_path / "one-probabilities" / "photo 2.npz") as said:
+        assert said["prob"].dtype == np.float16 and said["classes"].tolist() == ["class 0", "class 1", "class 2"]
+        np.testing.assert_array_equal(said["prob"], probabilities(run / "last.pth", new / "photo 2.bmp")[0].half())
+    call(predict, run / "last.pth", *words, "--shrink", 35, "--masks", tmp_path / "small")
+    small = D.VF.resize(D.VF.pil_to_tensor(D.open_image(new / "photo 2.bmp", "RGB"))[None], [26, 35])  # of 51 x 70
+    network = load_network(load_checkpoint(run / "last.pth")).to(memory_format=torch.channels_last)
+    prob = torch.nn.functional.interpolate(E.predict(network, small), (51, 70), mode="bilinear")
+    assert np.array_equal(pixels(tmp_path / "small" / "photo 2.png"), prob.argmax(1)[0])
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path, run, new):
@@ -689,15 +684,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, run, new):
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_files_never_lead_out_of_the_folders(tmp_path, run):
-    images = tmp_path / "new" / "images"
-    (images / "$(touch owned)").mkdir(parents=True)
-    Image.new("RGB", (40, 40)).save(images / "$(touch owned)" / "; touch owned; ..png")
-    call(predict, run / "last.pth", "--images", images, "--masks", tmp_path / "out", "--device", "cpu")
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(path.relative_to(tmp_path).parts[0] for path in written) == ["new", "out", "out-overlays"]
-
-
+@pytest.mark.slow
 def test_two_processes_predict_what_one_does(tmp_path, run, new):
     (new / "photo 2.bmp").write_bytes(b"BM broken")
     words = [run / "last.pth", "--images", new, "--pseudo-labels", "--device", "cpu", "--masks"]
@@ -758,37 +745,10 @@ def test_the_report_counts_what_plain_loops_count(run, kind):
             assert summary[name][part]["area"] == pytest.approx(running.mean(), abs=0.01)
 
 
-def test_accuracy_at_equal_coverage_matches_sorted_pixels():
-    counts = np.random.default_rng(0).integers(0, 40, (2, 50))
-    surest = np.concatenate([  # inside a bin right and wrong are spread evenly
-        np.full(total, right / total) for right, total in zip(counts[1], counts.sum(0)) if total
-    ])  # fmt: skip
-    result = report.coverage_accuracy(counts)
-    for share in report.COVERAGES:
-        exact = surest[: round(share / 100 * len(surest))].mean()
-        assert result[str(share)] == pytest.approx(exact, abs=2e-3)
-    assert result["area"] == pytest.approx((surest.cumsum() / np.arange(1, len(surest) + 1)).mean(), abs=2e-3)
-    assert report.coverage_accuracy(np.zeros((2, 5))) == {}
-
-
-@pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
-def test_uncertainty_is_confidence_turned_round_and_stays_in_its_range(kind):
-    prob = torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0.7, 0.2, 0.1]]).T.reshape(1, 3, 1, 3)
-    values = report.uncertainty(confidence(prob, kind), kind, 3)[0, 0]
-    assert not values.signbit().any()  # -0.0 would fall into no bin
-    values = values.tolist()
-    assert values[0] == pytest.approx(0, abs=1e-6) and values[0] < values[2] < values[1] <= 1
-    noise = torch.randn(1, 7, 20, 20, generator=torch.Generator().manual_seed(0)).softmax(1)
-    refined = report.uncertainty(confidence(refine(noise), kind), kind, 7)
-    assert 0 <= refined.min() and refined.max() <= 1
-
-
 def test_the_report_prints_a_row_per_class_and_coverage_and_agrees_with_evaluate(tmp_path, run, capsys):
     call(report, run, "--json", tmp_path / "json" / "labels.json", "--device", "cpu")
-    said = capsys.readouterr().out
-    numbers = json.loads((tmp_path / "json" / "labels.json").read_text())
+    said, numbers = capsys.readouterr().out, json.loads((tmp_path / "json" / "labels.json").read_text())
     assert f"{run / 'last.pth'}, step 2: 4 unlabeled images of folder, threshold: the 40% quantile of each" in said
-    assert (numbers["images"], numbers["step"]) == (4, 2)
     for row in ("class 0", "class 1", "class 2", "together", "20%", "90%", "area"):
         assert sum(line.startswith(f"{row} ") for line in said.splitlines()) == 1
     data, saved, network = opened(run)
@@ -796,25 +756,20 @@ def test_the_report_prints_a_row_per_class_and_coverage_and_agrees_with_evaluate
     for name, ending in (("raw", "_raw"), ("refined", "")):
         assert numbers[name]["kept"]["together"] == pytest.approx(figures[f"kept{ending}"])  # every pixel is known here
         assert numbers[name]["correct"]["together"] == pytest.approx(figures[f"correct{ending}"])
-        assert f"{100 * figures[f'correct{ending}']:.2f}" in said
     call(report, run / "best.pth", "--limit", 2, "--device", "cpu")
     assert "best.pth, step" in (said := capsys.readouterr().out) and "2 unlabeled images" in said
 
 
-def test_figures_4_to_6_show_the_log_and_the_checkpoint(tmp_path, run, capsys):
+def test_figures_4_to_6_show_the_log_and_the_checkpoint(tmp_path, run):
     pytest.importorskip("matplotlib", reason="--figures needs matplotlib, which is optional")
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    sheets = []
+    folder, sheets = shutil.copytree(run, tmp_path / "run"), []
     for change in ({}, {"kept": 0.1, "fp_change": 0.5}):
         lines = [json.loads(line) | change for line in (run / "metrics.jsonl").read_text().splitlines()]
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "train", "kept'  # a cut line
         (folder / "metrics.jsonl").write_text(text)
         call(report, folder, "--figures", tmp_path / "figures", "--device", "cpu")
         sheets.append([pixels(tmp_path / "figures" / f"fig{number}.png") for number in (4, 5, 6)])
-    assert all(sheet.shape[1] > 600 and sheet.min() < 100 for sheet in sheets[0])
-    changed = [not np.array_equal(before, after) for before, after in zip(*sheets)]
-    assert changed == [True, True, False] and "wrote" in capsys.readouterr().out
+    assert [not np.array_equal(before, after) for before, after in zip(*sheets)] == [True, True, False]
 
 
 def test_a_report_that_cannot_be_made_is_one_sentence(tmp_path, run, monkeypatch):
@@ -823,22 +778,14 @@ def test_a_report_that_cannot_be_made_is_one_sentence(tmp_path, run, monkeypatch
     shutil.copy(run / "last.pth", tmp_path / "last.pth")
     with pytest.raises(InputError, match="metrics.jsonl has no step with pseudo-labels; expected the log of a run"):
         call(report, tmp_path, "--figures", tmp_path)
-    trees.folder(tmp_path / "few", images=6, annotated=2)
+    root = trees.folder(tmp_path / "few", images=6, annotated=6)
+    for id in {f"photo {i}" for i in range(6)} - {*load_checkpoint(run / "last.pth")["labeled"]}:
+        (root / "masks" / f"{id}.png").unlink()
     with pytest.raises(InputError, match="no unlabeled image of folder under .*few has a mask; expected some"):
-        call(report, run, "--root", trees_with(tmp_path / "few", run))
-    (tmp_path / "few" / "classes.txt").write_text("soil\nwheat\nweed\n")
+        call(report, run, "--root", root)
+    (root / "classes.txt").write_text("soil\nwheat\nweed\n")
     with pytest.raises(InputError, match=r"has the classes \('soil', .*; expected the run's, \['class 0'"):
-        call(report, run, "--root", tmp_path / "few")
+        call(report, run, "--root", root)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="--figures needs matplotlib, which is not installed; pip install matplotlib"):
         call(report, run, "--figures", tmp_path)
-
-
-def trees_with(root, run):
-    """The folder with masks of the run's labeled images only."""
-    labeled = load_checkpoint(run / "last.pth")["labeled"]
-    for path in (root / "masks").iterdir():
-        path.unlink()
-    for id in labeled:
-        save_mask(np.zeros((48, 64), np.uint8), root / "masks" / f"{id}.png")
-    return root

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import IGNORE, InputError, files, id_list, left_out, open_dataset, open_image, read  # noqa: E402
-from data import read_text, save_mask, walk  # noqa: E402
+from data import read_text, save_mask, suffix, walk  # noqa: E402
 from evaluate import number, run_script  # noqa: E402
 
 CLASSES = 254  # at most; 255 means ignore, and data.py needs a value for what is no class
@@ -45,7 +46,8 @@ def warn(sentence):
 
 
 def each(function, *lists):
-    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads."""
+    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads.
+    Says every ten seconds how far it is."""
 
     def result(*members):
         try:
@@ -53,8 +55,14 @@ def each(function, *lists):
         except InputError as error:
             return error
 
+    results, said = [], time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        return list(pool.map(result, *lists))
+        for one in pool.map(result, *lists):
+            results.append(one)
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
+                print(f"{len(results)} of {len(lists[0])} files", file=sys.stderr)
+    return results
 
 
 def read_mask(path, by_value):
@@ -64,7 +72,7 @@ def read_mask(path, by_value):
         raise InputError(f"mask {path} is a {image.mode} image; expected lines name,r,g,b for its colors")
     stored = np.array(image.convert("L" if image.mode == "1" else image.mode) if by_value else image.convert("RGBA"))
     if stored.dtype.kind == "f":
-        stored = np.nan_to_num(stored.astype(float), nan=NAN)
+        stored = np.nan_to_num(stored.astype(float), nan=NAN, posinf=NAN, neginf=NAN)
     elif not by_value:
         stored[stored[..., 3] == 0] = 0  # what is fully transparent has no color
         stored = stored.view(np.uint32)[..., 0]
@@ -76,7 +84,7 @@ def read_mask(path, by_value):
 def text(code):
     """A code as classes.csv names it: its number, or r,g,b, and alpha where that is not 255."""
     numbers = code[:3] if code[3:] == (255,) else code
-    return ",".join("nan" if one == NAN else str(int(one) if one.is_integer() else one) for one in numbers)
+    return ",".join("nan" if one == NAN else f"{one:.17g}" for one in numbers)
 
 
 def distances(some, others):
@@ -156,16 +164,17 @@ def convert(places, table, by_value, reach):
         os.replace(place / "masks.tmp", place / "masks")
 
 
-def explain(root, shown, held):
+def explain(root, shown, names, held):
     """Prints the codes of other masks as lines for classes.csv. Raises InputError with the command that converts."""
     if not 2 <= len(shown) <= CLASSES + 1:
         raise InputError(f"{held}; expected 2 to {CLASSES} classes, each in areas of its own value or color")
     ignored = [code for code in shown if len(code) == 1 and code[0] < 0]  # in GIS: no data
     ignored += [(IGNORE,)] if {*shown} - {(0,), (IGNORE,)} else []  # these two alone are classes
     classes = [code for code in shown if code not in ignored]
+    if len(names) != len(classes):
+        names = ["transparent" if code == (0,) * 4 else f"class {index}" for index, code in enumerate(classes)]
     for code in shown:
-        name = "transparent" if code == (0,) * 4 else f"class {classes.index(code)}" if code in classes else "ignore"
-        print(f"{name},{text(code)}")
+        print(f"{'ignore' if code in ignored else names[classes.index(code)]},{text(code)}")
     raise InputError(
         f"{held}; expected PNG files of class indices from 0 on; write the lines above with your names into "
         f"classes.csv: python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
@@ -283,9 +292,13 @@ def main(args):
     shown = codes if kept is None else kept
     held = f"the masks in {root} hold the {'values' if by_value else 'colors'} {'; '.join(map(text, shown[:8]))}"
     held += "; ..." * (len(shown) > 8) + why
-    if kept is not None:
-        held += f", and {len(codes) - len(kept)} blended at edges, as by JPEG or a soft brush (with --colors pixels near "
-        held += "a listed one get its class, all others 255)"
+    if kept:
+        held += f", and {len(codes) - len(kept)} blended at edges, as by JPEG or a soft brush (with --colors pixels "
+        held += "near a listed one get its class, all others 255)"
+    elif kept is not None:
+        held = f"the masks in {root} hold {len(codes)} {'values' if by_value else 'colors'}, none of them in areas"
+    elif any(suffix(mask) in (".jpg", ".jpeg") for mask in masks):
+        held += ", and JPEG has changed some (what nobody drew is to have the name ignore)"
     if args.colors:
         if kept is not None and not {*codes} <= {*table}:
             unlike = distances(table, table)
@@ -299,9 +312,9 @@ def main(args):
     else:
         values = [int(code[0]) for code in codes if code != (IGNORE,)]
         whole = max(values, default=0) < len(names) if names else values == list(range(len(values)))
-        png = modes <= {"L", "P"} and all(mask.suffix.lower() == ".png" for mask in masks)
+        png = modes <= {"L", "P"} and all(suffix(mask) == ".png" for mask in masks)
         if not (by_value and png and whole and len(values) > 1 and (kept is None or names)):
-            explain(root, shown, held + f", and {listed} names {len(names)} classes" * bool(names))
+            explain(root, shown, names, held + f", and {listed} names {len(names)} classes" * bool(names))
         if kept is not None:
             warn(held)
         names, table = names or [f"class {value}" for value in values], {code: int(code[0]) for code in codes}
@@ -326,7 +339,8 @@ def main(args):
     for value, name in enumerate(names):
         print(f"{value:4} {name:20} {counts[value] / max(1, counts.sum()):7.2%} of the annotated pixels")
     if long > LARGE:
-        warn("these photographs are large; --shrink 512 writes copies to train on, which predict.py --shrink 512 fits")
+        command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
+        warn(f"these photographs are large; better train on smaller copies: {command}; then predict.py --shrink 512")
     crop = "" if short >= (321 if torch.cuda.is_available() else 128) else f" --crop {max(32, int(short) // 32 * 32)}"
     supervised = "" if data.unlabeled else " --framework supervised"  # all images are annotated
     print(f"python train.py --dataset folder --root {shlex.quote(str(root))}{crop}{supervised}")
