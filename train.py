@@ -354,8 +354,8 @@ def find_checkpoint(args, data, rank):
     if gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
         said.append(f"{gone} unlabeled images fewer")
         ids["unlabeled"] = checkpoint["unlabeled"]
-        epochs = {"steps_per_epoch": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
-        now |= {name: saved[name] for name, counted in epochs.items() if counted}  # counted before they went away
+        counted = {"steps_per_epoch": True, "eval_steps": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
+        now |= {name: saved[name] for name, in_epochs in counted.items() if in_epochs}  # before the images went away
     for name in now.keys() - MAY_CHANGE:
         if saved.get(name) != now[name]:
             lower = name in ("lr", "head_lr") and now[name] < saved[name]

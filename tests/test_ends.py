@@ -144,7 +144,7 @@ def test_a_signal_saves_a_checkpoint_says_so_and_ends(tmp_path, start, root, num
     step = saved(tmp_path)
     assert 3 <= step < 5000 and code == 128 + number
     assert said == [
-        f"{number.name}: saves as soon as this step or evaluation is done; again: at once",
+        f"{number.name}: saves when this step or evaluation is done; again: ends at once",
         f"{number.name}: saved step {step} to {tmp_path / 'run' / 'last.pth'}; continue with --resume",
     ]
 

@@ -413,6 +413,8 @@ def test_without_torchrun_there_is_one_process_and_a_gpu_is_only_asked_for_where
     one_sentence(lambda: M.start_processes("cuda"), "--device cuda, but PyTorch sees no GPU; use --device cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    monkeypatch.setenv("RANK", "3")  # a leftover alone means nothing
+    assert M.start_processes("cpu") == (0, 1, torch.device("cpu"))
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2"}.get(name, "1"))
     one_sentence(lambda: M.start_processes("auto"), "process 1 has no GPU of its own; start at most 1")

@@ -346,7 +346,7 @@ def photographs(tmp_path):
     return root, data
 
 
-def test_a_broken_photograph_is_named_once_replaced_by_the_next_and_counted_also_after_a_resume(
+def test_a_broken_photograph_is_named_once_replaced_by_the_next_and_counted_and_a_resume_is_exact(
     run, tmp_path, photographs, capsys
 ):
     root, data = photographs
@@ -355,10 +355,12 @@ def test_a_broken_photograph_is_named_once_replaced_by_the_next_and_counted_also
     terminated(run, options, 5, out="broken")
     capsys.readouterr()
     assert equal(run(f"{options} --resume --workers 1", out="broken"), whole)
-    assert "could not be read" not in capsys.readouterr().err  # it was named before
+    said_again = capsys.readouterr().err  # once, as after each start
     bad = data.unlabeled[sampled(40, 0, "order_u", 2)].image
-    assert said.count("could not be read") == said.count(f"warning: {bad} could not be read (image file is trunc") == 1
-    assert figures(tmp_path / "whole") == figures(tmp_path / "broken")
+    for text in (said, said_again):
+        assert text.count("could not be read") == text.count(f"warning: {bad} could not be read (image file is trun") == 1
+    without_count = [[line | {"broken": 1} for line in figures(tmp_path / out)] for out in ("whole", "broken")]
+    assert without_count[0] == without_count[1]
     assert [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
     views = TrainingViews(data, 32, "fixmatch", 0)
     rng, next_one = generator(0, "view_u", 2), data.unlabeled[sampled(40, 0, "order_u", 3)]
@@ -416,7 +418,7 @@ def test_two_processes_train_as_one_does_with_the_whole_batch(run, tmp_path, pho
             assert [*ours] == [*theirs]
             for name, value in ours.items():
                 assert theirs[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
-    assert lines(tmp_path / "two")[-1]["broken"] == 1 and torch.equal(one["broken"], two["broken"])
+    assert lines(tmp_path / "two")[-1]["broken"] == 1
 
 
 @pytest.mark.slow
@@ -447,7 +449,7 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monke
     if stop == "by a signal":
         terminated(run, options, 2, "broken", network)
         assert capfd.readouterr().err.splitlines()[-2:] == [
-            "SIGTERM: saves as soon as this step or evaluation is done; again: at once",
+            "SIGTERM: saves when this step or evaluation is done; again: ends at once",
             f"SIGTERM: saved step 3 to {tmp_path / 'broken' / 'last.pth'}; continue with --resume",
         ]
     else:
@@ -568,6 +570,7 @@ def test_a_run_continues_elsewhere_in_other_processes_with_a_lower_rate_or_witho
     args, checkpoint = found(finished, without(moved, "train1", "train5"), mine)
     assert checkpoint["step"] == 4 and capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
     assert (args.steps_per_epoch, args.eval_steps) == (2, 2)  # as they were, for two images less are one step
+    assert checkpoint["unlabeled"] == [f"train{i}" for i in (1, 2, 4, 5)]  # so that it continues once more
 
 
 @pytest.mark.parametrize("options, world, says", [
@@ -637,7 +640,7 @@ def test_ctrl_c_in_an_evaluation_is_answered_before_it_ends_and_no_panel_is_draw
         capfd.readouterr()
         os.kill(os.getpid(), signal.SIGINT)
         said = capfd.readouterr().err
-        assert said == "SIGINT: saves as soon as this step or evaluation is done; again: at once\n"
+        assert said == "SIGINT: saves when this step or evaluation is done; again: ends at once\n"
         return evaluate(*args)
 
     monkeypatch.setattr(T, "evaluate", interrupted)
