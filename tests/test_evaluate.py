@@ -447,6 +447,13 @@ def test_a_folder_of_other_classes_is_refused(tmp_path):
         scored(tmp_path / "last.pth")
 
 
+def test_pseudo_labels_of_images_without_masks_are_counted_too(tmp_path):
+    root, names = folder(tmp_path / "mine"), ["class 0", "class 1", "class 2"]
+    write_checkpoint(tmp_path / "last.pth", "folder", root, names, [f"photo {i}" for i in range(4)])
+    result = scored(tmp_path / "last.pth", "--pseudo-labels")
+    assert result["images"] == 2 and result["kept"] > 0.1 and "correct" not in result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--eval-mode", "sliding"], ["--pseudo-labels"]])
 def test_two_processes_score_what_one_does(saved, options):

@@ -271,16 +271,19 @@ def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on(run, tmp_
 
 def test_ground_truth_of_unlabeled_images_never_reaches_the_loss(run, tmp_path):
     (tmp_path / "two.txt").write_text("train0\ntrain3\n")
-    changes, saved = (lambda mask: None, Path.unlink, lambda mask: Image.new("L", (64, 48), 5).save(mask)), []
+    sizes = (64, 48), (77, 77)  # of its image, and not
+    other = [lambda mask, size=size: Image.new("L", size, 5).save(mask) for size in sizes]
+    changes, saved = (lambda mask: None, Path.unlink, *other, truncate), []
     for number, change in enumerate(changes):
         tree = camvid(tmp_path / f"camvid{number}")
         for mask in (tree / "trainannot").iterdir():
             if mask.stem not in ("train0", "train3"):
                 change(mask)
         saved.append(run(f"--root {tree} --labeled {tmp_path / 'two.txt'} --iters 4 --log-every 2", out=f"run{number}"))
-    assert equal(saved[0], saved[1]) and equal(saved[0], saved[2])
-    right = [lines(tmp_path / f"run{number}")[0].get("correct") for number in range(3)]
-    assert right[0] != right[2] and right[1] is None  # the figures did see it
+    assert all(equal(saved[0], other) for other in saved[1:])
+    right = [lines(tmp_path / f"run{number}")[0].get("correct") for number in range(5)]
+    assert None not in (right[0], right[2]) and right[0] != right[2]  # the figures did see it
+    assert {right[1], right[3], right[4]} == {None}  # what cannot be read is as good as none
 
 
 def test_with_one_image_per_process_cutmix_is_said_to_change_nothing(run, capsys):
@@ -703,6 +706,15 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path,
         sentence = rf"{tmp_path}/{file} could not be written \(.*{os.strerror(number)}\): {says}, then use --resume"
         with pytest.raises(InputError, match=sentence):
             run("--iters 1 --resume")
+
+
+def test_a_file_system_without_locks_and_a_panel_that_fails_end_no_run(run, tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(T.fcntl, "lockf", refuse)
+    monkeypatch.setattr(T, "panel", refuse)
+    assert run("--iters 1")["step"] == 1 and "warning: no panel of step 1 ([Errno" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_last_pth_stays_finite(run, tmp_path, monkeypatch):
