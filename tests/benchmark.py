@@ -42,7 +42,7 @@ from model import ENCODERS, DeepLabV3Plus, ema_decay, float_tensors, update_teac
 
 ROUNDS = 7
 POINTS = {  # where a step is measured: so many labeled and unlabeled images each
-    "cpu": [{"batch": 4, "crop": 128, "classes": 21}],
+    "cpu": [{"batch": 4, "crop": 126, "classes": 21}],  # whole patches of DINOv2
     "cuda": [{"batch": batch, "crop": 513, "classes": 21} for batch in (3, 8)],
 }
 
