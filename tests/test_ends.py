@@ -31,8 +31,8 @@ class Script:
     """A script in a session of its own, as a terminal or a scheduler starts it, and all processes that come from it."""
 
     def __init__(self, folder, name, options, launcher=()):
-        self.mark, self.said, self.output = f"SCRIPT={uuid.uuid4()}", folder / "stderr", folder / "stdout"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "SCRIPT": self.mark.partition("=")[2]}
+        self.mark, self.said, self.output = str(uuid.uuid4()), folder / "stderr", folder / "stdout"
+        env = os.environ | {"OMP_NUM_THREADS": "1", "SCRIPT": self.mark}
         command = [sys.executable, *launcher, str(ROOT / name), *options.split()]
         with open(self.said, "w") as stderr, open(self.output, "w") as stdout:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, start_new_session=True)
@@ -42,7 +42,7 @@ class Script:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has just ended, or is another user's
-                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):  # a zombie has none
+                if self.mark.encode() in (folder / "environ").read_bytes():  # a zombie has none
                     found.append(int(folder.name))
         return found
 
@@ -64,11 +64,9 @@ class Script:
 
     def ranks(self):
         """The process of each rank."""
-        found = {}
-        for pid in sorted(self.alive(), reverse=True):  # a loader worker, whose id is higher, inherits the variable
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
-        return found
+        pids = sorted(self.alive(), reverse=True)  # a loader worker, whose id is higher, inherits the variable
+        ranks = {pid: re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()) for pid in pids}
+        return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
 
     def kill(self):
         for pid in self.alive():
@@ -91,12 +89,7 @@ def start(tmp_path):
     """A function that starts a script; in the end all is killed that is left of it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     scripts = []
-
-    def one(name, options, launcher=()):
-        scripts.append(Script(tmp_path, name, options, launcher))
-        return scripts[-1]
-
-    yield one
+    yield lambda *args: scripts.append(Script(tmp_path, *args)) or scripts[-1]
     for script in scripts:
         script.kill()
 
@@ -106,14 +99,12 @@ def root(tmp_path_factory):
     return camvid(tmp_path_factory.mktemp("data") / "camvid", val=2)
 
 
-def with_slow(*cases):
-    """Parameters, of which only those with a leading True are run without --slow."""
-    return [pytest.param(*case, marks=() if fast else pytest.mark.slow) for fast, *case in cases]
+def first_fast(*cases):
+    """Parameters, of which all but the first are run with --slow only."""
+    return [cases[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in cases[1:])]
 
 
-@pytest.mark.parametrize("defect, workers", with_slow(
-    (True, "image", 2), (True, "loss", 1), (False, "image before", 0), (False, "worker", 2),
-))  # fmt: skip
+@pytest.mark.parametrize("defect, workers", first_fast(("image", 2), ("loss", 1), ("image before", 0), ("worker", 2)))
 def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, defect, workers):
     root, rate = camvid(tmp_path / "camvid", val=2), "--lr 1e30 --head-lr 1e30" if defect == "loss" else ""
     labeled = sorted((root / "train").iterdir())[::3]
@@ -131,36 +122,31 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line_and_ends(tmp_path, start, 
     assert defect == "worker" or len(said) == 1 and not (tmp_path / "run" / "last.pth").exists()
 
 
-@pytest.mark.parametrize("number, group, workers", with_slow(
-    (True, signal.SIGINT, True, 2), (False, signal.SIGTERM, False, 1), (False, signal.SIGINT, True, 0),
-))  # fmt: skip
-def test_a_second_run_into_one_folder_is_refused_and_a_signal_saves_the_first_one_says_so_and_ends(
-    tmp_path, start, root, number, group, workers
-):
+@pytest.mark.parametrize("name, group, workers", first_fast(("SIGINT", 1, 2), ("SIGTERM", 0, 1), ("SIGINT", 1, 0)))
+def test_a_second_run_is_refused_and_a_signal_saves_the_first_and_ends(tmp_path, start, root, name, group, workers):
     out, options = tmp_path / "run", f"{TINY} --root {root} --workers {workers} --out {tmp_path / 'run'}"
     run = start("train.py", options)
     run.wait("step 3/5000")
     for resume in ("", "--resume"):
         with pytest.raises(InputError, match="another process is training in .*run; wait for it, or choose"):
             train.main(train.parse_args(f"{options} --iters 4 --alpha0 0.1 {resume}".split()))
-    (os.killpg if group else os.kill)(run.process.pid, number)
+    (os.killpg if group else os.kill)(run.process.pid, signal.Signals[name])
     code, said = run.end()
     step, args = last(out)["step"], json.loads((out / "args.json").read_text())
-    assert 3 <= step < 5000 and code == 128 + number
+    assert 3 <= step < 5000 and code == 128 + signal.Signals[name]
     assert said == [
-        f"{number.name}: saves when this step or evaluation is done; again: ends at once",
-        f"{number.name}: saved step {step} to {out / 'last.pth'}; continue with --resume",
+        f"{name}: saves when this step or evaluation is done; again: ends at once",
+        f"{name}: saved step {step} to {out / 'last.pth'}; continue with --resume",
     ]
-    assert [line["step"] for line in lines(out)] == [*range(1, step + 1)]  # only its own
-    assert (args["iters"], args["alpha0"]) == (5000, 0.4)
+    assert [line["step"] for line in lines(out)] == [*range(1, step + 1)] and args["alpha0"] == 0.4  # its own alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times, workers", [(1, 2), (2, 1)])
 def test_a_signal_in_an_evaluation_waits_for_its_scores_and_a_second_one_does_not(tmp_path, start, times, workers):
     many = camvid(tmp_path / "camvid", val=100, size=(320, 240))
-    options = f"--workers {workers} --out {tmp_path / 'run'} --iters 10 --eval-every 2"
-    run = start("train.py", f"{TINY} --root {many} {options}")
+    options = f"--root {many} --workers {workers} --out {tmp_path / 'run'} --iters 10 --eval-every 2"
+    run = start("train.py", f"{TINY} {options}")
     run.wait("step 4/10  0m")
     run.wait(lambda: run.reads(many / "val"))
     os.killpg(run.process.pid, signal.SIGINT)
@@ -205,9 +191,7 @@ def test_an_evaluation_names_a_truncated_image_and_ends(tmp_path, start, checkpo
     assert code == 1 and len(said) == 1 and f"evaluate.py: {val / 'val1'}{UNREADABLE}" in said[0], said
 
 
-@pytest.mark.parametrize("tool, workers", with_slow(
-    (True, "evaluate.py", 2), (False, "evaluate.py", 0), (False, "tools/predict.py", 2),
-))  # fmt: skip
+@pytest.mark.parametrize("tool, workers", first_fast(("evaluate.py", 2), ("evaluate.py", 0), ("tools/predict.py", 2)))
 def test_an_interrupted_evaluation_or_prediction_ends(tmp_path, start, checkpoint, photographs, tool, workers):
     val, masks, evaluation = photographs / "val", tmp_path / "masks", tool == "evaluate.py"
     options = f"--root {photographs} --tta" if evaluation else f"--images {val} --masks {masks}"
@@ -215,10 +199,6 @@ def test_an_interrupted_evaluation_or_prediction_ends(tmp_path, start, checkpoin
     run.wait(lambda: run.reads(val) if evaluation else len(list(masks.glob("*.png"))) > 3)
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.end() == (130, [])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# two processes
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import re
 import resource
 import signal
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +27,8 @@ from data import InputError, TrainingViews, cutmix, generator, normalize, open_d
 from model import DeepLabV3Plus
 from refine import pseudo_labels
 
-CPU, FRAMEWORKS = torch.device("cpu"), ["supervised", "cutmixseg", "fixmatch", "unimatch"]
-TINY = (
-    "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0 "
-    "--workers 0"
-)
+FRAMEWORKS = ["supervised", "cutmixseg", "fixmatch", "unimatch"]
+TINY = "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0"
 SGD = "--optimizer sgd --lr 0.02 --head-lr 0.02 --weight-decay 0"
 
 
@@ -72,7 +68,7 @@ def run(tmp_path, root, monkeypatch):
 
     def start(options="", out="run", network=Small):
         monkeypatch.setattr(T, "DeepLabV3Plus", network)
-        T.main(T.parse_args(f"{TINY} --device cpu --root {root} --out {tmp_path / out} {options}".split()))
+        T.main(T.parse_args(f"{TINY} --device cpu --workers 0 --root {root} --out {tmp_path / out} {options}".split()))
         return last(tmp_path / out)
 
     return start
@@ -106,14 +102,9 @@ def equal(one, two):
 
 def terminated(run, options, step, out="run", network=Small):
     """The run, ended by SIGTERM in a step."""
-
-    def signaling(number, *args, sample_numbers=T.sample_numbers):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return sample_numbers(number, *args)
-
+    mine, stop = T.sample_numbers, lambda number: number == step and os.kill(os.getpid(), signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(T, "sample_numbers", signaling)
+        patch.setattr(T, "sample_numbers", lambda number, *args: stop(number) or mine(number, *args))
         run(options, out, network)
     assert end.value.code == 128 + signal.SIGTERM
 
@@ -174,10 +165,6 @@ def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
     for part, network in zip(("student", "teacher"), plain_loop(root, framework)):
         for name, expected in network.state_dict().items():
             assert torch.equal(saved[part][name], expected) or not expected.is_floating_point(), (part, name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# one step, and several
 
 
 def test_options_change_the_losses_as_they_say(run, tmp_path, monkeypatch):
@@ -277,9 +264,7 @@ def photographs(tmp_path):
     return root, data
 
 
-def test_a_broken_photograph_is_named_replaced_and_counted_a_resume_is_exact_and_many_end_the_run(
-    run, tmp_path, photographs, capsys
-):
+def test_a_broken_photograph_is_named_replaced_and_counted_and_many_end_the_run(run, tmp_path, photographs, capsys):
     root, data = photographs
     options = f"--root {root} --labeled 4 --iters 24 --log-every 1 --eval-every 1"  # more than one pass
     whole, said = run(options, out="whole"), capsys.readouterr().err
@@ -291,8 +276,7 @@ def test_a_broken_photograph_is_named_replaced_and_counted_a_resume_is_exact_and
         assert text.count("could not be read") == text.count(f"warning: {bad} could not be read (image ") == 1
     one, two = ([line | {"broken": 1} for line in figures(tmp_path / out)] for out in ("whole", "broken"))
     assert one == two and [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
-    for number in (0, 1):
-        truncate(data.unlabeled[sampled(40, 0, "order_u", number)].image)
+    truncate(*(data.unlabeled[sampled(40, 0, "order_u", number)].image for number in (0, 1)))
     says = "3 of 40 unlabeled images could not be read, each is named above; replace or remove them, then use --resume"
     with pytest.raises(InputError, match=says):
         run(f"--root {root} --labeled 4 --iters 4 --log-every 2", out="three")
@@ -300,26 +284,21 @@ def test_a_broken_photograph_is_named_replaced_and_counted_a_resume_is_exact_and
 
 
 def one_of_two(rank, port, options):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     T.DeepLabV3Plus = Small
     T.main(T.parse_args(options.split()))
     dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_two_processes_train_as_one_does_with_the_whole_batch(run, tmp_path, photographs):
     options = f"--root {photographs[0]} --labeled 4 --framework cutmixseg --cutmix 0 --unsup-norm authors --crop 64 "
     options += f"{SGD} --iters 6 --log-every 1 --eval-every 1"  # of images of 64 x 48 pixels, resized: there is padding
     one = run(f"{options} --batch-size 4", out="one")
-    options = f"{TINY} --device cpu {options} --batch-size 2 --out {tmp_path / 'two'}"
-    mp.spawn(one_of_two, (free_port(), options), nprocs=2)
+    options = f"{TINY} --device cpu --workers 0 {options} --batch-size 2 --out {tmp_path / 'two'}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, options), nprocs=2)
     two = last(tmp_path / "two")
     assert (one["args"]["processes"], two["args"]["processes"]) == (1, 2)
     for part in ("student", "teacher"):
@@ -341,20 +320,15 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monke
     options = "--iters 6 --warmup-iters 1 --eval-every 1 --prior --log-every 1"
     whole, out = run(options, out="whole", network=DeepLabV3Plus), tmp_path / "run"
     terminated(run, options, 2, network=DeepLabV3Plus)
-
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(T, "evaluate", die)
+    with monkeypatch.context() as patch, pytest.raises(NameError):
+        patch.delattr(T, "evaluate")  # it dies there
         run(f"{options} --resume", network=DeepLabV3Plus)
     assert last(out)["step"] == 3 and lines(out)[-1]["step"] == 4
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')  # a kill may cut a line
     resumed = run(f"{options} --resume --workers 1", network=DeepLabV3Plus)
     assert equal(whole, resumed) and whole["best"] == resumed["best"]
-    for event in ("train", "val"):
-        assert figures(tmp_path / "whole", event) == figures(out, event)
+    assert all(figures(tmp_path / "whole", event) == figures(out, event) for event in ("train", "val"))
 
 
 def test_a_lower_learning_rate_holds_from_the_resumed_step_on(run, tmp_path, capsys):
@@ -368,17 +342,13 @@ def test_a_lower_learning_rate_holds_from_the_resumed_step_on(run, tmp_path, cap
 
 def found(out, root, options="", world=1):
     """(arguments, what find_checkpoint finds) for the run in `out`, continued with other options."""
-    options = f"{TINY} --iters 4 --log-every 1 --eval-every 1 {SGD} --root {root} --out {out} --resume {options}"
-    args = T.parse_args(options.split())
-    T.fill_presets(args, CPU)
+    args = resolved(f"{TINY} --iters 4 --eval-every 1 {SGD} --root {root} --out {out} --resume {options}", "cpu")
     data = open_dataset("camvid", args.root, args.labeled)
-    T.epochs_to_steps(args, data, world, CPU)
+    T.epochs_to_steps(args, data, world, torch.device("cpu"))
     return args, T.find_checkpoint(args, data, 0)
 
 
-def test_a_run_continues_elsewhere_in_other_processes_with_a_lower_rate_or_without_some_photographs(
-    finished, root, tmp_path, capsys
-):
+def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(finished, root, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("train3\ntrain0\n")
     capsys.readouterr()
     mine, moved = f"--labeled {tmp_path / 'two.txt'}", camvid(tmp_path / "moved")
@@ -413,9 +383,7 @@ def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch, 
         found(finished, root, f"--labeled two.txt {options}", world)
 
 
-def test_a_finished_run_has_nothing_to_do_needs_no_pretrained_weights_and_is_not_overwritten(
-    run, finished, monkeypatch, capsys
-):
+def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, finished, monkeypatch, capsys):
     before, loaded = (finished / "last.pth").read_bytes(), []
     options = f"--iters 4 --eval-every 1 {SGD} --out {finished} --weights gone.pth"
     with pytest.raises(InputError, match="finished already holds a run; continue it with --resume, or choose another"):
@@ -430,8 +398,7 @@ def test_a_finished_run_has_nothing_to_do_needs_no_pretrained_weights_and_is_not
 
 def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, monkeypatch):
     save, written, evaluate, scores = T.save_checkpoint, [], T.evaluate, iter((20.0, 30.0, 25.0))
-    watched = lambda state, path: written.append((path.name, state["best"])) or save(state, path)  # noqa: E731
-    monkeypatch.setattr(T, "save_checkpoint", watched)
+    monkeypatch.setattr(T, "save_checkpoint", lambda run, to: written.append((to.name, run["best"])) or save(run, to))
     monkeypatch.setattr(T, "evaluate", lambda *args: evaluate(*args) | {"miou": next(scores)})
     run("--iters 6 --eval-every 1")
     assert written == [("best.pth", 20), ("last.pth", 20), ("best.pth", 30), ("last.pth", 30), ("last.pth", 30)]
@@ -451,8 +418,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path,
 
     for module, name, file in ((M.os, "fsync", "run/best.pth"), (T.fcntl, "lockf", "run")):  # a late and an early write
         monkeypatch.setattr(module, name, refuse)
-        sentence = rf"{tmp_path}/{file} could not be written \(.*{os.strerror(number)}\): {says}, then use --resume"
-        with pytest.raises(InputError, match=sentence):
+        with pytest.raises(InputError, match=rf"/{file} could not be written .*\): {says}, then use --resume"):
             run("--iters 1 --resume")
 
 
@@ -467,16 +433,14 @@ def test_a_run_goes_on_without_a_compiler_locks_of_files_or_a_panel_and_says_so(
     assert "warning: trains without --compile ([Errno 37] none)\n" in said
 
 
-@pytest.mark.parametrize("step, says", [
-    (2, "the loss is (nan|inf) between the steps 3 and 4"), (3, "weights are not finite after step 4"),
-])  # fmt: skip
+@pytest.mark.parametrize("step, says", [(2, "the loss is (nan|inf) .* 3 and 4"), (3, "weights .* after step 4")])
 def test_a_loss_or_weights_that_are_not_finite_reach_no_checkpoint(run, tmp_path, monkeypatch, step, says):
     monkeypatch.setattr(T, "learning_rate", lambda now, *_: 0.001 if now < step else math.inf)
     with pytest.raises(InputError, match=f"{says}; .*last.pth is the last good checkpoint; lower --lr and"):
         run(f"--iters 8 --eval-every 1 {SGD}", network=DeepLabV3Plus)
     saved = last(tmp_path / "run")
-    assert saved["step"] == 2
-    assert all(value.isfinite().all() for part in ("student", "teacher") for value in saved[part].values())
+    values = [*saved["student"].values(), *saved["teacher"].values()]
+    assert saved["step"] == 2 and all(value.isfinite().all() for value in values)
 
 
 @pytest.mark.slow
@@ -495,22 +459,18 @@ def test_memory_and_open_files_stay_as_they_are_over_a_thousand_steps(run, monke
 
 
 def test_what_is_in_the_environment_of_processes_is_said_and_a_gpu_shown_alone_is_taken(monkeypatch, capsys):
-    def environment(**variables):
-        monkeypatch.setattr(os, "environ", variables)
-
-    environment(WORLD_SIZE="2")
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2"})
     with pytest.raises(InputError, match="WORLD_SIZE=2 is in the environment, RANK, MASTER_ADDR, MASTER_PORT not; st"):
         M.start_processes("cpu")
     monkeypatch.setattr(M, "WAIT", 1)
-    environment(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    monkeypatch.setattr(os, "environ", dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"))
     with pytest.raises(InputError, match="2 processes did not meet in 1 s; start all, or unset WORLD_SIZE"):
         M.start_processes("cpu")
-    waits = "waits up to 1 s for 2 processes, as the environment says: RANK=0, WORLD_SIZE=2, MASTER_ADDR=127"
-    assert capsys.readouterr().err.startswith(waits)
+    assert "waits up to 1 s for 2 processes, as the environment says: RANK=0, WORLD_SIZE=2" in capsys.readouterr().err
     chosen = []
     for name, function in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, function)
-    environment(LOCAL_RANK="3")  # by a scheduler
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "3"})  # a scheduler's
     assert M.start_processes()[2] == torch.device("cuda", 0) == chosen[0]
 
 
@@ -536,7 +496,6 @@ def lengths(options, labeled, unlabeled, world=1, device="cuda"):
     ("--dataset pascal --epochs 2 --eval-every 1", (366, 10216, 4), (852, 1704, 852, 852)),
     ("--dataset pascal --framework supervised", (366, 0), (122, 9760, 122, 976)),  # epochs over the labeled images
     ("--dataset pascal --framework supervised --epochs 3", (10, 0), (4, T.SUPERVISED_FLOOR, 4, 100)),
-    ("--dataset pascal --framework supervised --iters 50", (10, 0), (4, 50, 4, 5)),
     ("--dataset folder --epochs 7 --warmup-epochs 2", (10, 33), (5, 35, 10, 4)),
 ])  # fmt: skip
 def test_epochs_become_steps(options, images, expected):
@@ -551,7 +510,6 @@ def test_lengths_that_cannot_train_are_refused():
         with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm a single value in a batch"):
             lengths(f"--batch-size 1 {options}", 4, 4, world, device)
         lengths(f"--batch-size 1 {options}", 4, 4, world=2)  # which GPUs share
-    lengths("--batch-size 1 --warmup-iters 0", 4, 4)
 
 
 def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
@@ -566,33 +524,29 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem")
     args = vars(resolved("--dataset cityscapes"))
     assert {name: args[name] for name in paper} == paper | {"eval_mode": "sliding"}
-    args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --sup-loss ohem --lr 0.5")
-    assert (args.crop, args.iters, args.epochs, args.warmup_iters, args.warmup_epochs) == (321, 100, None, 5, None)
-    assert (args.sup_loss, args.lr, args.head_lr) == ("ohem", 0.5, 0.01)
+    args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
+    assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
     assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
     assert (args.weights, args.output_stride, args.crop) == ("pretrained", 16, 513)
 
 
-def test_bfloat16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch):
-    for new in (True, False):
-        supported = lambda including_emulation=True, new=new: including_emulation or new  # noqa: E731
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        assert (resolved().amp, resolved(device="cpu").amp, resolved("--amp", "cpu").amp) == (new, False, True)
-        assert not resolved("--no-amp").amp and resolved("--amp").amp
+@pytest.mark.parametrize("new", [True, False])
+def test_bfloat16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch, new):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or new)
+    assert (resolved().amp, resolved(device="cpu").amp, resolved("--amp", "cpu").amp) == (new, False, True)
+    assert not resolved("--no-amp").amp and resolved("--amp").amp
 
 
 @pytest.mark.parametrize("options, says", [
-    ("--help", "pascal: labeled 366, crop 513, backbone resnet101"), ("--neighborhood 4", "invalid choice: 4"),
     ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"), ("--epochs 3 --iters 9", "same length"),
     ("--backbone dinov2_vits14 --output-stride 16", "--output-stride has no meaning for dinov2_vits14"),
     ("--prior --dilation 2", "--prior is counted over adjacent pixels; expected --dilation 1 with it"),
 ])  # fmt: skip
-def test_help_names_presets_and_bad_arguments_are_named(capsys, options, says):
-    with pytest.raises(SystemExit) as end:
+def test_bad_arguments_are_named(capsys, options, says):
+    with pytest.raises(SystemExit):
         resolved(options)
-    said = capsys.readouterr()
-    assert end.value.code == (0 if options == "--help" else 2) and says in " ".join((said.err + said.out).split())
+    assert says in capsys.readouterr().err
 
 
 def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_path, capsys):
@@ -609,13 +563,9 @@ def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_pat
     assert re.fullmatch(rf"step 2/2  0m00s left  loss \d\.\d{{3}} = \d\.\d{{3}} \+ 1 x \d\.\d{{3}}  {figures}", said[4])
     assert re.fullmatch(r"step 2/2  teacher's mIoU [\d.]+, best [\d.]+", said[5])
     assert said[-1] == f"score it again with: python evaluate.py {tmp_path / 'run' / 'last.pth'}"
-    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
-        "args.json", "best.pth", "last.pth", "metrics.jsonl", "panels", "step-000002.png",
-    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "run" / "panels").iterdir()] == ["step-000002.png"]
     settled = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (settled["torch"], settled["iters"], settled["amp"]) == (torch.__version__, 2, True)
-    run("--iters 1 --framework supervised", out="supervised")
-    assert "supervised, resnet10 on 1 x CPU; 1 steps of 2 labeled images\n" in capsys.readouterr().out
     run("--iters 1 --batch-size 1", out="one")
     assert "with one image per process CutMix has no second image and changes nothing" in capsys.readouterr().err
 
@@ -636,5 +586,4 @@ def test_no_step_waits_for_the_gpu(run, tmp_path, monkeypatch, framework):
         run(options, network=DeepLabV3Plus)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    line = lines(tmp_path / "run")[-1]
-    assert len(steps) == 8 and math.isfinite(line["loss"]) and line["peak_memory_gib"] > 0
+    assert len(steps) == 8 and lines(tmp_path / "run")[-1]["peak_memory_gib"] > 0
