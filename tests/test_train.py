@@ -103,10 +103,9 @@ def equal(one, two):
 def terminated(run, options, step, out="run", network=Small):
     """The run, ended by SIGTERM in a step."""
     mine, stop = T.sample_numbers, lambda number: number == step and os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):  # 128 + 15
         patch.setattr(T, "sample_numbers", lambda number, *args: stop(number) or mine(number, *args))
         run(options, out, network)
-    assert end.value.code == 128 + signal.SIGTERM
 
 
 def mean_over_labeled(logits, label):
@@ -329,13 +328,16 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monke
     resumed = run(f"{options} --resume --workers 1", network=DeepLabV3Plus)
     assert equal(whole, resumed) and whole["best"] == resumed["best"]
     assert all(figures(tmp_path / "whole", event) == figures(out, event) for event in ("train", "val"))
+    assert [line["step"] for line in lines(out, "val")] == [2, 4, 6]
 
 
-def test_a_lower_learning_rate_holds_from_the_resumed_step_on(run, tmp_path, capsys):
-    options = f"--iters 4 --log-every 1 --power 0 {SGD}"
-    terminated(run, options, 1)
-    run(f"{options} --lr 0.005 --resume")
-    assert "--resume: lr was 0.02 and is 0.005\n" in capsys.readouterr().err
+def test_a_lower_learning_rate_holds_from_the_resumed_step_and_lost_photographs_are_remembered(run, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("train0\ntrain3\n")
+    options = f"--root {camvid(tmp_path / 'camvid')} --labeled {tmp_path / 'two.txt'} --iters 4 --log-every 1 --power 0"
+    terminated(run, f"{options} {SGD}", 1)
+    (tmp_path / "camvid" / "train" / "train1.png").unlink()
+    assert len(run(f"{options} {SGD} --lr 0.005 --resume")["unlabeled"]) == 4  # so that it continues once more
+    assert "--resume: 1 unlabeled images fewer, lr was 0.02 and is 0.005\n" in capsys.readouterr().err
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert [line["lr"] for line in lines(tmp_path / "run")] == [0.02, 0.02, 0.005, 0.005] and args["lr"] == 0.005
 
@@ -362,7 +364,6 @@ def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(finish
     args, checkpoint = found(finished, moved, mine)
     assert checkpoint["step"] == 4 and capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
     assert (args.steps_per_epoch, args.eval_steps) == (2, 2)  # as they were, for two images less are one step
-    assert checkpoint["unlabeled"] == [f"train{i}" for i in (1, 2, 4, 5)]  # so that it continues once more
 
 
 @pytest.mark.parametrize("options, world, says", [
@@ -519,11 +520,10 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
         backbone="resnet101", threshold=None, refinement=True, distance_weight=True, sup_loss="ce", unsup_norm="kept",
         dilation=1, lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None, floor=0.0, eval_mode="original",
     )  # fmt: skip
-    args = vars(resolved("--dataset pascal"))
-    assert {name: args[name] for name in paper} == paper
-    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem")
-    args = vars(resolved("--dataset cityscapes"))
-    assert {name: args[name] for name in paper} == paper | {"eval_mode": "sliding"}
+    assert paper.items() <= vars(resolved("--dataset pascal")).items()
+    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, eval_mode="sliding")
+    paper["sup_loss"] = "ohem"
+    assert paper.items() <= vars(resolved("--dataset cityscapes")).items()
     args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
     assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
