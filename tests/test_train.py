@@ -1,18 +1,14 @@
-"""train.py: whole little runs against a plain loop and in two processes, resuming, what ends a run, presets."""
+"""train.py: little runs against a plain loop and in two processes, resuming, what ends a run, presets."""
 
 import copy
 import errno
 import json
 import math
 import os
-import random
 import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,17 +23,12 @@ from trees import camvid, truncate
 
 import model as M
 import train as T
-from data import InputError, TrainingViews, cutmix, generator, normalize, open_dataset, random_view, read, sampled
-from data import strong_views
+from data import InputError, TrainingViews, cutmix, generator, normalize, open_dataset, sampled, strong_views
 from model import DeepLabV3Plus
 from refine import pseudo_labels
 
-ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-TINY = (
-    "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0 "
-    "--workers 0"
-)
+FRAMEWORKS = ["supervised", "cutmixseg", "fixmatch", "unimatch"]
+TINY = "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0"
 SGD = "--optimizer sgd --lr 0.02 --head-lr 0.02 --weight-decay 0"
 
 
@@ -58,12 +49,11 @@ class Small(nn.Module):
 @pytest.fixture(autouse=True)
 def one_thread_and_the_old_signal_handlers():
     """One thread sums in one order; main() takes both signals over."""
-    threads, numbers = torch.get_num_threads(), (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
+    threads, handlers = torch.get_num_threads(), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for number, handler in zip(numbers, handlers):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
@@ -78,7 +68,7 @@ def run(tmp_path, root, monkeypatch):
 
     def start(options="", out="run", network=Small):
         monkeypatch.setattr(T, "DeepLabV3Plus", network)
-        T.main(T.parse_args(f"{TINY} --device cpu --root {root} --out {tmp_path / out} {options}".split()))
+        T.main(T.parse_args(f"{TINY} --device cpu --workers 0 --root {root} --out {tmp_path / out} {options}".split()))
         return last(tmp_path / out)
 
     return start
@@ -112,20 +102,10 @@ def equal(one, two):
 
 def terminated(run, options, step, out="run", network=Small):
     """The run, ended by SIGTERM in a step."""
-
-    def signaling(number, *args, sample_numbers=T.sample_numbers):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return sample_numbers(number, *args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(T, "sample_numbers", signaling)
+    mine, stop = T.sample_numbers, lambda number: number == step and os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):  # 128 + 15
+        patch.setattr(T, "sample_numbers", lambda number, *args: stop(number) or mine(number, *args))
         run(options, out, network)
-    assert end.value.code == 128 + signal.SIGTERM
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the reference
 
 
 def mean_over_labeled(logits, label):
@@ -139,10 +119,9 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
     torch.manual_seed(seed)
     student = DeepLabV3Plus("resnet10", 11).to(memory_format=torch.channels_last).train()
     teacher = copy.deepcopy(student).eval()
-    encoder, head = [], []
-    for name, parameter in student.named_parameters():
-        (encoder if name.startswith("backbone.") else head).append(parameter)
-    optimizer = torch.optim.SGD([{"params": encoder}, {"params": head}], momentum=0.9, weight_decay=5e-4)
+    head = [parameter for name, parameter in student.named_parameters() if not name.startswith("backbone.")]
+    groups = [{"params": [*student.backbone.parameters()]}, {"params": head}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
     for step in range(steps):
         numbers = range(step * batch, (step + 1) * batch)
         x, y, *more = (torch.stack([torch.as_tensor(views[number][name]) for number in numbers]) for name in views[0])
@@ -157,11 +136,9 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
             with torch.no_grad():
                 prob = teacher(normalize(weak)).softmax(1)
             label = pseudo_labels(prob, 0.4 * (1 - step / steps), valid=valid).label
-            if framework == "cutmixseg":
-                parts = [cutmix(rng, 0.5, normalize(weak), label)]
-            else:
-                streams = range(2 if framework == "unimatch" else 1)
-                parts = [cutmix(rng, 0.5, normalize(strong_views(weak, seed, numbers, i)), label) for i in streams]
+            streams = range(2 if framework == "unimatch" else 1)
+            seen = [weak if framework == "cutmixseg" else strong_views(weak, seed, numbers, i) for i in streams]
+            parts = [cutmix(rng, 0.5, normalize(view), label) for view in seen]
             strong, target = (torch.cat(part) for part in zip(*parts))
             drop = None
             if framework == "unimatch":  # one of two images drops channels in one stream, and doubles them in the other
@@ -173,15 +150,14 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        updates = max(0, step - warmup)
-        tau = min(1 - 1 / (updates + 1), 0.99)
+        tau = min(1 - 1 / (max(0, step - warmup) + 1), 0.99)
         for theirs, ours in zip(teacher.state_dict().values(), student.state_dict().values()):
             if theirs.is_floating_point():
                 theirs.lerp_(ours, 1 - tau)
     return student, teacher
 
 
-@pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch", "unimatch"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
     options = "--iters 16 --warmup-iters 4 --seed 7 --lambda-u 0.5 --optimizer sgd --lr 0.02 --head-lr 0.01"
     saved = run(f"--framework {framework} {options} --weight-decay 0.0005", network=DeepLabV3Plus)
@@ -190,60 +166,36 @@ def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
             assert torch.equal(saved[part][name], expected) or not expected.is_floating_point(), (part, name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# one step
+def test_options_change_the_losses_as_they_say(run, tmp_path, monkeypatch):
+    """Divisors of the unlabeled loss, hard labeled pixels only, a floor of the threshold; all from the same weights."""
+    mine = T.ohem
+    monkeypatch.setattr(T, "ohem", lambda logits, label: mine(logits, label, sure=0, per_image=50))
 
+    def first(options):
+        run(f"--iters 1 --log-every 1 --cutmix 0 {options}", out=options.replace(" ", ""))
+        return lines(tmp_path / options.replace(" ", ""))[0]
 
-def test_the_unlabeled_loss_is_divided_by_the_kept_pixels_or_all_valid_ones_or_as_the_authors_do(run, tmp_path):
-    first = {}
-    for norm in ("kept", "valid", "authors"):
-        run(f"--iters 1 --log-every 1 --cutmix 0 --unsup-norm {norm}", out=norm)
-        first[norm] = lines(tmp_path / norm)[0]
-    kept = first["kept"]["kept"]  # share of the valid pixels
-    assert 0.3 < kept < 0.99 and first["kept"]["loss_x"] == first["valid"]["loss_x"]
-    assert first["valid"]["loss_u"] == pytest.approx(first["kept"]["loss_u"] * kept, rel=1e-5)
-    assert first["authors"]["loss_u"] == pytest.approx(first["kept"]["loss_u"] / kept, rel=1e-5)
+    kept, valid, authors = (first(f"--unsup-norm {norm}") for norm in ("kept", "valid", "authors"))
+    share = kept["kept"]  # of the valid pixels
+    assert 0.3 < share < 0.99 and kept["loss_x"] == valid["loss_x"]
+    assert valid["loss_u"] == pytest.approx(kept["loss_u"] * share, rel=1e-5)
+    assert authors["loss_u"] == pytest.approx(kept["loss_u"] / share, rel=1e-5)
+    hard = first("--sup-loss ohem")
+    assert hard["loss_u"] == kept["loss_u"] and hard["loss_x"] > 1.05 * kept["loss_x"]
+    low, high = first("--confidence max"), first("--confidence max --floor 0.5")
+    assert low["threshold"] < 0.4 and high["threshold"] == 0.5 and high["kept_raw"] < low["kept_raw"]
 
 
 def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
     torch.manual_seed(0)
-    logits, label = 4 * torch.randn(2, 5, 9, 9), torch.randint(0, 5, (2, 9, 9), dtype=torch.uint8)
+    label = torch.randint(0, 5, (2, 9, 9), dtype=torch.uint8)
     label[0, :3] = 255
     own = label.clamp(max=4).long()[:, None]
-    prob, labeled = logits.softmax(1).gather(1, own)[:, 0], label != 255
-    mined = T.ohem(logits, label, per_image=1)
-    assert torch.equal(mined != 255, labeled & (prob <= 0.7)) and torch.equal(mined[mined != 255], label[mined != 255])
-    sure = torch.rand(2, 5, 9, 9) + 6 * nn.functional.one_hot(own[:, 0], 5).movedim(-1, 1)
-    prob, kept = sure.softmax(1).gather(1, own)[:, 0], T.ohem(sure, label, per_image=5) != 255
-    assert kept.sum() == 10 and prob[kept].max() <= prob[labeled & ~kept].min() and prob[labeled].min() > 0.7
-    assert torch.equal(T.ohem(sure, label, per_image=1000), label)  # more than there are: all of them
-
-
-def test_hard_example_mining_changes_only_the_supervised_loss(run, tmp_path, monkeypatch):
-    ohem = T.ohem
-    monkeypatch.setattr(T, "ohem", lambda logits, label: ohem(logits, label, sure=0, per_image=50))
-    for kind in ("ce", "ohem"):
-        run(f"--iters 1 --log-every 1 --sup-loss {kind}", out=kind)
-    plain, mined = (lines(tmp_path / kind)[0] for kind in ("ce", "ohem"))
-    assert plain["loss_u"] == mined["loss_u"] and mined["loss_x"] > 1.05 * plain["loss_x"]
-
-
-def test_complementary_dropout_spares_half_of_the_images_and_splits_the_channels_of_the_others():
-    torch.manual_seed(0)
-    labeled, one, two = T.complementary_dropout(3, 5, 40, CPU).split([3, 5, 5])
-    whole = (one == 1).all(1)
-    assert (labeled == 1).all() and (one + two == 2).all() and whole.sum() == 2
-    assert set(one[~whole].unique().tolist()) == {0, 2} and (one[~whole].mean(1) - 1).abs().max() < 0.5
-    spared = torch.stack([(T.complementary_dropout(0, 4, 9, CPU)[:4] == 1).all(1) for _ in range(200)])
-    assert (spared.sum(1) == 2).all() and (spared.float().mean(0) - 0.5).abs().max() < 0.15  # each as often
-
-
-def test_the_floor_reaches_the_threshold_of_every_step_and_what_is_kept(run, tmp_path):
-    for out, floor in (("none", 0), ("high", 0.5)):
-        run(f"--iters 3 --log-every 1 --confidence max --floor {floor}", out=out)
-    none, high = (lines(tmp_path / out) for out in ("none", "high"))
-    assert max(line["threshold"] for line in none) < 0.4 and [line["threshold"] for line in high] == [0.5] * 3
-    assert high[0]["kept_raw"] < none[0]["kept_raw"]
+    sure = torch.rand(2, 5, 9, 9) + 6 * torch.zeros(2, 5, 9, 9).scatter(1, own, 1)  # all above 0.7
+    for logits, per_image in ((4 * torch.randn(2, 5, 9, 9), 1), (sure, 5), (sure, 1000)):
+        prob = logits.softmax(1).gather(1, own)[:, 0].where(label != 255, torch.inf)
+        limit = max(0.7, prob.flatten().sort().values[: 2 * per_image][-1])
+        assert torch.equal(T.ohem(logits, label, per_image=per_image), label.where(prob <= limit, 255))
 
 
 def test_strong_views_are_made_in_float32_and_before_the_step_is_seeded(run, monkeypatch):
@@ -259,21 +211,17 @@ def test_strong_views_are_made_in_float32_and_before_the_step_is_seeded(run, mon
     assert equal(run(f"{options} --amp", out="careless"), amp) and not equal(amp, plain)
 
 
-def test_without_a_labeled_pixel_the_loss_is_zero_and_training_goes_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "check_annotations", lambda data: None)  # a batch may be so, a whole list may not
-    tree = camvid(tmp_path / "camvid")
-    for mask in (tree / "trainannot").iterdir():
-        Image.new("L", (64, 48), 11).save(mask)
-    saved = run(f"--root {tree} --iters 3 --log-every 1 --threshold 2")
-    assert [(line["loss_x"], line["loss_u"], line["kept"]) for line in lines(tmp_path / "run")] == [(0, 0, 0)] * 3
-    assert all(value.isfinite().all() for value in saved["student"].values())
+def test_without_a_labeled_pixel_loss_and_gradient_are_zero():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = T.cross_entropy(logits, torch.full((2, 4, 4), 255), torch.tensor(0))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
 
 
 def test_ground_truth_of_unlabeled_images_never_reaches_the_loss(run, tmp_path):
     (tmp_path / "two.txt").write_text("train0\ntrain3\n")
-    sizes = (64, 48), (77, 77)  # of its image, and not
-    other = [lambda mask, size=size: Image.new("L", size, 5).save(mask) for size in sizes]
-    changes, saved = (lambda mask: None, Path.unlink, *other, truncate), []
+    wrong, odd = (lambda mask, size=size: Image.new("L", size, 5).save(mask) for size in ((64, 48), (77, 77)))
+    changes, saved = (lambda mask: None, Path.unlink, wrong, odd, truncate), []
     for number, change in enumerate(changes):
         tree = camvid(tmp_path / f"camvid{number}")
         for mask in (tree / "trainannot").iterdir():
@@ -286,22 +234,11 @@ def test_ground_truth_of_unlabeled_images_never_reaches_the_loss(run, tmp_path):
     assert {right[1], right[3], right[4]} == {None}  # what cannot be read is as good as none
 
 
-def test_with_one_image_per_process_cutmix_is_said_to_change_nothing(run, capsys):
-    said = []
-    for options in ("", "--cutmix 0", "--batch-size 2"):
-        run(f"--batch-size 1 --iters 1 {options}", out=f"run{len(said)}")
-        said.append("with one image per process CutMix has no second image" in capsys.readouterr().err)
-    assert said == [True, False, False]
-
-
 def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_line(run, tmp_path):
     for every in (1, 3):
         run(f"--iters 6 --log-every {every} --eval-every 9", out=str(every))
-    one, three = (lines(tmp_path / out) for out in ("1", "3"))
-    for name in ("loss", "loss_x", "loss_u"):
-        expected = [np.mean([record[name] for record in one[i : i + 3]]) for i in (0, 3)]
-        assert [record[name] for record in three] == pytest.approx(expected, rel=1e-5)
-    assert three[1]["step"] == 6 and three[1]["kept"] == one[5]["kept"] and three[1]["lr"] == one[5]["lr"]
+    one, three = ([line["loss"] for line in lines(tmp_path / out)] for out in ("1", "3"))
+    assert three == pytest.approx([np.mean(one[:3]), np.mean(one[3:])], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -312,29 +249,6 @@ def test_a_compiled_run_trains_the_same(run, tmp_path):
     for name in ("loss_x", "loss_u", "threshold", "kept"):
         assert [line[name] for line in compiled] == pytest.approx([line[name] for line in plain], rel=1e-4)
     assert json.loads((tmp_path / "compiled" / "args.json").read_text())["compile"]
-
-
-def test_where_nothing_can_be_compiled_a_sentence_says_so_and_the_run_goes_on(run, tmp_path, monkeypatch, capsys):
-    def broken(*args, **options):
-        raise RuntimeError("no C++ compiler\nwas found")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    assert run("--iters 1 --compile")["step"] == 1 and not last(tmp_path / "run")["args"]["compile"]
-    assert capsys.readouterr().err.splitlines()[1:] == ["warning: trains without --compile (no C++ compiler)"]
-
-
-@pytest.mark.slow
-def test_loader_workers_may_be_spawned_as_on_a_mac(run):
-    before = mp.get_start_method()
-    mp.set_start_method("spawn", force=True)
-    try:
-        assert run("--iters 2 --workers 1")["step"] == 2
-    finally:
-        mp.set_start_method(before, force=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# an unlabeled photograph that cannot be read
 
 
 @pytest.fixture
@@ -349,68 +263,41 @@ def photographs(tmp_path):
     return root, data
 
 
-def test_a_broken_photograph_is_named_once_replaced_by_the_next_and_counted_and_a_resume_is_exact(
-    run, tmp_path, photographs, capsys
-):
+def test_a_broken_photograph_is_named_replaced_and_counted_and_many_end_the_run(run, tmp_path, photographs, capsys):
     root, data = photographs
     options = f"--root {root} --labeled 4 --iters 24 --log-every 1 --eval-every 1"  # more than one pass
     whole, said = run(options, out="whole"), capsys.readouterr().err
     terminated(run, options, 5, out="broken")
     capsys.readouterr()
     assert equal(run(f"{options} --resume --workers 1", out="broken"), whole)
-    said_again = capsys.readouterr().err  # once, as after each start
     bad = data.unlabeled[sampled(40, 0, "order_u", 2)].image
-    for text in (said, said_again):
-        assert text.count("could not be read") == text.count(f"warning: {bad} could not be read (image file is trun") == 1
-    without_count = [[line | {"broken": 1} for line in figures(tmp_path / out)] for out in ("whole", "broken")]
-    assert without_count[0] == without_count[1]
-    assert [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
-    views = TrainingViews(data, 32, "fixmatch", 0)
-    rng, next_one = generator(0, "view_u", 2), data.unlabeled[sampled(40, 0, "order_u", 3)]
-    weak, truth, valid = random_view(*read(next_one, data), 32, data.scales, rng)
-    for name, expected in (("weak", weak), ("truth", truth), ("valid", valid)):
-        assert torch.equal(views[2][name], expected)
-
-
-def test_more_than_one_broken_photograph_in_twenty_ends_the_run_and_each_is_named(run, photographs, capsys):
-    root, data = photographs
-    for number in (0, 1):
-        truncate(data.unlabeled[sampled(40, 0, "order_u", number)].image)
+    for text in (said, capsys.readouterr().err):  # once after each start
+        assert text.count("could not be read") == text.count(f"warning: {bad} could not be read (image ") == 1
+    one, two = ([line | {"broken": 1} for line in figures(tmp_path / out)] for out in ("whole", "broken"))
+    assert one == two and [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
+    truncate(*(data.unlabeled[sampled(40, 0, "order_u", number)].image for number in (0, 1)))
     says = "3 of 40 unlabeled images could not be read, each is named above; replace or remove them, then use --resume"
     with pytest.raises(InputError, match=says):
-        run(f"--root {root} --labeled 4 --iters 4 --log-every 2")
+        run(f"--root {root} --labeled 4 --iters 4 --log-every 2", out="three")
     assert capsys.readouterr().err.count("could not be read (image file is truncated)") == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# two processes
-
-
 def one_of_two(rank, port, options):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     T.DeepLabV3Plus = Small
-    T.main(T.parse_args(options[rank].split()))
+    T.main(T.parse_args(options.split()))
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def two_processes(*options):
-    """Runs with these options as the first and the second process."""
-    mp.spawn(one_of_two, (free_port(), options), nprocs=2)
 
 
 def test_two_processes_train_as_one_does_with_the_whole_batch(run, tmp_path, photographs):
     options = f"--root {photographs[0]} --labeled 4 --framework cutmixseg --cutmix 0 --unsup-norm authors --crop 64 "
     options += f"{SGD} --iters 6 --log-every 1 --eval-every 1"  # of images of 64 x 48 pixels, resized: there is padding
     one = run(f"{options} --batch-size 4", out="one")
-    two_processes(*[f"{TINY} --device cpu {options} --batch-size 2 --out {tmp_path / 'two'}"] * 2)
+    options = f"{TINY} --device cpu --workers 0 {options} --batch-size 2 --out {tmp_path / 'two'}"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, options), nprocs=2)
     two = last(tmp_path / "two")
     assert (one["args"]["processes"], two["args"]["processes"]) == (1, 2)
     for part in ("student", "teacher"):
@@ -424,144 +311,46 @@ def test_two_processes_train_as_one_does_with_the_whole_batch(run, tmp_path, pho
     assert lines(tmp_path / "two")[-1]["broken"] == 1
 
 
-@pytest.mark.slow
-def test_processes_that_find_different_checkpoints_say_so(finished, tmp_path, root):
-    options = f"{TINY} --device cpu --root {root} --iters 4 --eval-every 1 --batch-size 1 {SGD} --resume --out"
-    says = "--resume: the processes find different checkpoints in .*; use a shared folder"
-    with pytest.raises(mp.ProcessRaisedException, match=says):
-        two_processes(f"{options} {finished}", f"{options} {tmp_path / 'none'}")
-    assert not (tmp_path / "none").exists()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # resuming
 
 
-@pytest.mark.parametrize("stop", ["in an evaluation", "in an evaluation, saved since", "by a signal"])
-def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monkeypatch, capfd, stop):
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monkeypatch):
     options = "--iters 6 --warmup-iters 1 --eval-every 1 --prior --log-every 1"
-    network, evaluate, evaluated = DeepLabV3Plus if stop == "by a signal" else Small, T.evaluate, []
-    whole = run(options, out="whole", network=network)
-
-    def die(*args):
-        evaluated.append(1)
-        if len(evaluated) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    if stop == "by a signal":
-        terminated(run, options, 2, "broken", network)
-        assert capfd.readouterr().err.splitlines()[-2:] == [
-            "SIGTERM: saves when this step or evaluation is done; again: ends at once",
-            f"SIGTERM: saved step 3 to {tmp_path / 'broken' / 'last.pth'}; continue with --resume",
-        ]
-    else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(T, "evaluate", die)
-            run(f"{options} {'--save-every 0' if 'since' in stop else ''}", out="broken")
-    assert last(tmp_path / "broken")["step"] == (2 if stop == "in an evaluation" else 3)
-    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+    whole, out = run(options, out="whole", network=DeepLabV3Plus), tmp_path / "run"
+    terminated(run, options, 2, network=DeepLabV3Plus)
+    with monkeypatch.context() as patch, pytest.raises(NameError):
+        patch.delattr(T, "evaluate")  # it dies there
+        run(f"{options} --resume", network=DeepLabV3Plus)
+    assert last(out)["step"] == 3 and lines(out)[-1]["step"] == 4
+    with (out / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')  # a kill may cut a line
-    resumed = run(f"{options} --resume --workers 1", out="broken", network=network)
+    resumed = run(f"{options} --resume --workers 1", network=DeepLabV3Plus)
     assert equal(whole, resumed) and whole["best"] == resumed["best"]
-    for event in ("train", "val"):
-        assert figures(tmp_path / "whole", event) == figures(tmp_path / "broken", event)
+    assert all(figures(tmp_path / "whole", event) == figures(out, event) for event in ("train", "val"))
+    assert [line["step"] for line in lines(out, "val")] == [2, 4, 6]
 
 
-def test_a_lower_learning_rate_holds_from_the_resumed_step_on(run, tmp_path, capsys):
-    options = f"--iters 4 --log-every 1 --power 0 {SGD}"
-    terminated(run, options, 1)
-    run(f"{options} --lr 0.005 --resume")
-    assert "--resume: lr was 0.02 and is 0.005\n" in capsys.readouterr().err
+def test_a_lower_learning_rate_holds_from_the_resumed_step_and_lost_photographs_are_remembered(run, tmp_path, capsys):
+    (tmp_path / "two.txt").write_text("train0\ntrain3\n")
+    options = f"--root {camvid(tmp_path / 'camvid')} --labeled {tmp_path / 'two.txt'} --iters 4 --log-every 1 --power 0"
+    terminated(run, f"{options} {SGD}", 1)
+    (tmp_path / "camvid" / "train" / "train1.png").unlink()
+    assert len(run(f"{options} {SGD} --lr 0.005 --resume")["unlabeled"]) == 4  # so that it continues once more
+    assert "--resume: 1 unlabeled images fewer, lr was 0.02 and is 0.005\n" in capsys.readouterr().err
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert [line["lr"] for line in lines(tmp_path / "run")] == [0.02, 0.02, 0.005, 0.005] and args["lr"] == 0.005
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-LONG = f"{TINY} --iters 12 --eval-every 1 --log-every 1 --save-every 0 --resume"  # starts anew without a checkpoint
-
-
-def started(options, launcher=()):
-    """A run in a process of its own; its lines come through stdout."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *options.split()]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-
-
-def ended(options, launcher=()):
-    process = started(options, launcher)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-
-
-def wait_for(process, text):
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came: {''.join(said)}")
-
-
-def children(process):
-    """The ids of the runs that torchrun started."""
-    ids = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(i) for i in ids if b"train.py" in Path(f"/proc/{i}/cmdline").read_bytes()]
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumes_bit_for_bit_wherever_it_was(run, tmp_path, root):
-    whole, out = run(LONG, out="whole", network=DeepLabV3Plus), tmp_path / "killed"
-    for step, workers in ((3, 0), (8, 1)):  # in the middle of passes over the four unlabeled images
-        process = started(f"{LONG} --device cpu --root {root} --out {out} --workers {workers}")
-        wait_for(process, f"step {step}/12")
-        time.sleep(random.uniform(0, 0.5))  # anywhere in a step, an evaluation, a checkpoint
-        process.kill()
-        process.communicate()
-        assert last(out)["step"] >= step - 1
-    assert equal(whole, run(LONG, out="killed", network=DeepLabV3Plus))
-    assert [record["step"] for record in lines(out)] == [*range(1, 13)]
-    assert [record["step"] for record in lines(out, "val")] == [2, 4, 6, 8, 10, 12]
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_by_themselves_when_one_is_killed_and_resume_when_all_are(tmp_path, root):
-    options = f"{LONG} --device cpu --root {root} --eval-every 4"
-    ended(f"{options} --out {tmp_path / 'whole'}", TWO_PROCESSES)
-    process = started(f"{options} --out {tmp_path / 'killed'}", [*TWO_PROCESSES, "--max-restarts=1"])
-    wait_for(process, "step 3/12")
-    os.kill(children(process.pid)[1], signal.SIGKILL)
-    wait_for(process, "continues after step")
-    wait_for(process, "step 7/12")
-    time.sleep(random.uniform(0, 0.5))
-    for pid in [process.pid, *children(process.pid)]:  # torchrun first
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    ended(f"{options} --out {tmp_path / 'killed'}", TWO_PROCESSES)
-    whole, killed = last(tmp_path / "whole"), last(tmp_path / "killed")
-    assert equal(whole, killed) and whole["step"] == killed["step"] == 12
-    assert [record["step"] for record in lines(tmp_path / "killed")] == [*range(1, 13)]
-
-
 def found(out, root, options="", world=1):
     """(arguments, what find_checkpoint finds) for the run in `out`, continued with other options."""
-    options = f"{TINY} --iters 4 --log-every 1 --eval-every 1 {SGD} --root {root} --out {out} --resume {options}"
-    args = T.parse_args(options.split())
-    T.fill_presets(args, CPU)
+    args = resolved(f"{TINY} --iters 4 --eval-every 1 {SGD} --root {root} --out {out} --resume {options}", "cpu")
     data = open_dataset("camvid", args.root, args.labeled)
-    T.epochs_to_steps(args, data, world, CPU)
+    T.epochs_to_steps(args, data, world, torch.device("cpu"))
     return args, T.find_checkpoint(args, data, 0)
 
 
-def without(tree, *ids):
-    """The tree without these training images."""
-    for id in ids:
-        (tree / "train" / f"{id}.png").unlink()
-    return tree
-
-
-def test_a_run_continues_elsewhere_in_other_processes_with_a_lower_rate_or_without_some_photographs(
-    finished, root, tmp_path, capsys
-):
+def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(finished, root, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("train3\ntrain0\n")
     capsys.readouterr()
     mine, moved = f"--labeled {tmp_path / 'two.txt'}", camvid(tmp_path / "moved")
@@ -570,16 +359,16 @@ def test_a_run_continues_elsewhere_in_other_processes_with_a_lower_rate_or_witho
     assert found(finished, root, "--lr 0.01 --head-lr 0.001")[1]["step"] == 4
     said = capsys.readouterr().err
     assert "lr was 0.02 and is 0.01" in said and "head_lr was 0.02 and is 0.001" in said
-    args, checkpoint = found(finished, without(moved, "train1", "train5"), mine)
+    for number in (1, 5):
+        (moved / "train" / f"train{number}.png").unlink()
+    args, checkpoint = found(finished, moved, mine)
     assert checkpoint["step"] == 4 and capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
     assert (args.steps_per_epoch, args.eval_steps) == (2, 2)  # as they were, for two images less are one step
-    assert checkpoint["unlabeled"] == [f"train{i}" for i in (1, 2, 4, 5)]  # so that it continues once more
 
 
 @pytest.mark.parametrize("options, world, says", [
     ("--alpha0 0.2 --seed 1", 1, "alpha0 was 0.4 and is 0.2, seed was 0 and is 1"),
     ("--iters 5", 1, "iters was 4 and is 5"), ("--lr 0.03", 1, "lr was 0.02 and is 0.03"),
-    ("--batch-size 4", 1, "batch size x processes was 2 and is 4, .*"),
     ("", 2, "batch size x processes was 2 and is 4, .*"),
     ("--labeled others.txt", 1, "the labeled images are others, the unlabeled images are others"),
     ("--root renamed", 1, "the unlabeled images are others"), ("--root more", 1, ".*the unlabeled images are others"),
@@ -595,38 +384,22 @@ def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch, 
         found(finished, root, f"--labeled two.txt {options}", world)
 
 
-def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, finished, capsys):
-    before = (finished / "last.pth").read_bytes()
-    options = f"--iters 4 --eval-every 1 {SGD} --out {finished}"
+def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, finished, monkeypatch, capsys):
+    before, loaded = (finished / "last.pth").read_bytes(), []
+    options = f"--iters 4 --eval-every 1 {SGD} --out {finished} --weights gone.pth"
     with pytest.raises(InputError, match="finished already holds a run; continue it with --resume, or choose another"):
         run(options)
-    run(f"{options} --log-every 7 --save-every 3 --resume", out=finished)
-    said = capsys.readouterr().out
-    assert f"nothing to do: {finished / 'last.pth'} is at step 4 of 4" in said
-    assert (finished / "last.pth").read_bytes() == before and len(lines(finished)) == 4
-
-
-def test_a_resumed_run_needs_no_pretrained_weights(run, tmp_path):
-    loaded = []
-
-    def network(*args):
-        loaded.append(args[3])
-        return Small(*args)
-
-    weights = tmp_path / "resnet10.pth"
-    for resume in ("", "--resume"):
-        run(f"--iters 1 --weights {weights} {resume}", network=network)
-    assert loaded == [str(weights), "none"]
+    run(f"{options} --log-every 7 --resume", finished, lambda *args: loaded.append(args[3]) or Small(*args))
+    assert f"nothing to do: {finished / 'last.pth'} is at step 4 of 4" in capsys.readouterr().out
+    assert (finished / "last.pth").read_bytes() == before and len(lines(finished)) == 4 and loaded == ["none"]
+    monkeypatch.setattr(T, "all_reduce", lambda steps, *_: steps.clamp(min=0))  # as beside a process without it
+    with pytest.raises(InputError, match="--resume: the processes find different checkpoints in .*; use a shared"):
+        run(f"{options} --resume", finished)
 
 
 def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, monkeypatch):
     save, written, evaluate, scores = T.save_checkpoint, [], T.evaluate, iter((20.0, 30.0, 25.0))
-
-    def watched(state, path):
-        written.append((path.name, state["best"]))
-        save(state, path)
-
-    monkeypatch.setattr(T, "save_checkpoint", watched)
+    monkeypatch.setattr(T, "save_checkpoint", lambda run, to: written.append((to.name, run["best"])) or save(run, to))
     monkeypatch.setattr(T, "evaluate", lambda *args: evaluate(*args) | {"miou": next(scores)})
     run("--iters 6 --eval-every 1")
     assert written == [("best.pth", 20), ("last.pth", 20), ("best.pth", 30), ("last.pth", 30), ("last.pth", 30)]
@@ -636,66 +409,9 @@ def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, mo
 # what ends a run, or may not
 
 
-def test_ctrl_c_in_an_evaluation_is_answered_before_it_ends_and_no_panel_is_drawn(run, tmp_path, monkeypatch, capfd):
-    evaluate, panels = T.evaluate, []
-
-    def interrupted(*args):
-        capfd.readouterr()
-        os.kill(os.getpid(), signal.SIGINT)
-        said = capfd.readouterr().err
-        assert said == "SIGINT: saves when this step or evaluation is done; again: ends at once\n"
-        return evaluate(*args)
-
-    monkeypatch.setattr(T, "evaluate", interrupted)
-    monkeypatch.setattr(T, "panel", lambda *args: panels.append(args))
-    with pytest.raises(SystemExit) as end:
-        run("--iters 6 --eval-every 1")
-    assert end.value.code == 130 and not panels and last(tmp_path / "run")["step"] == 2
-    assert capfd.readouterr().err.startswith("SIGINT: saved step 2 to ")
-
-
-def test_a_second_ctrl_c_ends_a_lone_process_at_once(monkeypatch):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    for world, numbers in ((1, (signal.SIGTERM, signal.SIGTERM)), (2, (signal.SIGINT, signal.SIGINT))):
-        received = T.stop_signals(0, world)
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        assert received == [*numbers] and not codes
-    T.stop_signals(0, 1)
-    for _ in range(2):
-        os.kill(os.getpid(), signal.SIGINT)
-    assert codes == [130]
-
-
-def test_a_loader_worker_that_gets_the_signal_too_says_nothing(capfd):
-    received = T.stop_signals(0, 1)
-    worker = mp.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGINT))
-    worker.start()
-    worker.join()
-    assert capfd.readouterr().err == "" and not received and worker.exitcode == 0
-
-
-def test_a_second_run_into_one_folder_is_refused_and_leaves_the_first_alone(run, tmp_path, root):
-    options = f"{TINY} --root {root} --device cpu --iters 5000 --log-every 1 --eval-every 5000"
-    process = started(f"{options} --out {tmp_path / 'run'}")
-    try:
-        wait_for(process, "step 2/")
-        for resume in ("", "--resume"):
-            with pytest.raises(InputError, match="another process is training in .*run; wait for it, or choose"):
-                run(f"--iters 3 --log-every 1 --alpha0 0.1 {resume}")
-    finally:
-        process.terminate()
-        process.communicate()
-    steps = [line["step"] for line in lines(tmp_path / "run")]
-    args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert steps == [*range(1, last(tmp_path / "run")["step"] + 1)] and (args["iters"], args["alpha0"]) == (5000, 0.4)
-
-
 @pytest.mark.parametrize("number, says", [
     (errno.ENOSPC, "make room"), (errno.EROFS, "it is read-only; choose a folder of your own"),
-    (errno.EACCES, "it is read-only; choose a folder of your own"), (errno.ENOENT, "the folder is gone; make it again"),
-    (errno.ENOTDIR, "a part of the path is a file"),
+    (errno.ENOENT, "the folder is gone; make it again"), (errno.ENOTDIR, "a part of the path is a file"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path, monkeypatch, number, says):
     def refuse(*args):
@@ -703,46 +419,29 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path,
 
     for module, name, file in ((M.os, "fsync", "run/best.pth"), (T.fcntl, "lockf", "run")):  # a late and an early write
         monkeypatch.setattr(module, name, refuse)
-        sentence = rf"{tmp_path}/{file} could not be written \(.*{os.strerror(number)}\): {says}, then use --resume"
-        with pytest.raises(InputError, match=sentence):
+        with pytest.raises(InputError, match=rf"/{file} could not be written .*\): {says}, then use --resume"):
             run("--iters 1 --resume")
 
 
-def test_a_file_system_without_locks_and_a_panel_that_fails_end_no_run(run, tmp_path, monkeypatch, capsys):
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, "no locks")
+def test_a_run_goes_on_without_a_compiler_locks_of_files_or_a_panel_and_says_so(run, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise OSError(errno.ENOLCK, "none\nhere")
 
-    monkeypatch.setattr(T.fcntl, "lockf", refuse)
-    monkeypatch.setattr(T, "panel", refuse)
-    assert run("--iters 1")["step"] == 1 and "warning: no panel of step 1 ([Errno" in capsys.readouterr().err
+    for module, name in ((torch, "compile"), (T.fcntl, "lockf"), (T, "panel")):
+        monkeypatch.setattr(module, name, refuse)
+    saved, said = run("--iters 1 --compile"), capsys.readouterr().err
+    assert saved["step"] == 1 and not saved["args"]["compile"] and "warning: no panel of step 1 ([Errno 37]" in said
+    assert "warning: trains without --compile ([Errno 37] none)\n" in said
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_last_pth_stays_finite(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(T, "learning_rate", lambda step, *_: 0.001 if step < 2 else 1e30)
-    sentence = "the loss is (nan|inf) between the steps 3 and 4; .*last.pth is the last good checkpoint; lower --lr and"
-    with pytest.raises(InputError, match=sentence):
+@pytest.mark.parametrize("step, says", [(2, "the loss is (nan|inf) .* 3 and 4"), (3, "weights .* after step 4")])
+def test_a_loss_or_weights_that_are_not_finite_reach_no_checkpoint(run, tmp_path, monkeypatch, step, says):
+    monkeypatch.setattr(T, "learning_rate", lambda now, *_: 0.001 if now < step else math.inf)
+    with pytest.raises(InputError, match=f"{says}; .*last.pth is the last good checkpoint; lower --lr and"):
         run(f"--iters 8 --eval-every 1 {SGD}", network=DeepLabV3Plus)
     saved = last(tmp_path / "run")
-    assert saved["step"] == 2
-    assert all(value.isfinite().all() for part in ("student", "teacher") for value in saved[part].values())
-    monkeypatch.setattr(T, "learning_rate", lambda *_: 1e30)
-    with pytest.raises(InputError, match="between the steps 1 and 2; no checkpoint had been written yet"):
-        run(f"--iters 8 --eval-every 1 {SGD}", out="first", network=DeepLabV3Plus)
-
-
-def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
-    update, steps = T.update_teacher, []
-
-    def poisoned(teacher, student, tau):
-        update(teacher, student, tau)
-        steps.append(1)
-        if len(steps) == 4:  # after the loss, before the checkpoint
-            student[0].data.fill_(math.inf)
-
-    monkeypatch.setattr(T, "update_teacher", poisoned)
-    with pytest.raises(InputError, match="weights .*not finite.*last.pth is the last good checkpoint"):
-        run("--iters 8 --eval-every 1")
-    assert last(tmp_path / "run")["step"] == 2
+    values = [*saved["student"].values(), *saved["teacher"].values()]
+    assert saved["step"] == 2 and all(value.isfinite().all() for value in values)
 
 
 @pytest.mark.slow
@@ -760,40 +459,19 @@ def test_memory_and_open_files_stay_as_they_are_over_a_thousand_steps(run, monke
     assert len(settled) == 23 and settled[-1][0] - settled[0][0] < 8 and len({handles for _, handles in settled}) == 1
 
 
-@pytest.fixture
-def environment(monkeypatch):
-    """A function that makes these the variables which processes are started with."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")
-
-    def only(**variables):
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return only
-
-
-def test_what_is_left_in_the_environment_of_other_processes_gets_a_sentence(environment, monkeypatch, capsys):
-    says = "WORLD_SIZE=2 is in the environment, {}MASTER_ADDR, MASTER_PORT not; start with torchrun, or unset it"
-    for variables, missing in (({}, "RANK, "), ({"RANK": "1"}, "")):
-        environment(WORLD_SIZE="2", **variables)
-        with pytest.raises(InputError, match=says.format(missing)):
-            M.start_processes("cpu")
+def test_what_is_in_the_environment_of_processes_is_said_and_a_gpu_shown_alone_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2"})
+    with pytest.raises(InputError, match="WORLD_SIZE=2 is in the environment, RANK, MASTER_ADDR, MASTER_PORT not; st"):
+        M.start_processes("cpu")
     monkeypatch.setattr(M, "WAIT", 1)
-    environment(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(os, "environ", dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"))
     with pytest.raises(InputError, match="2 processes did not meet in 1 s; start all, or unset WORLD_SIZE"):
         M.start_processes("cpu")
-    waits = "waits up to 1 s for 2 processes, as the environment says: RANK=0, WORLD_SIZE=2, MASTER_ADDR=127"
-    assert capsys.readouterr().err.startswith(waits)
-
-
-def test_a_process_that_is_shown_a_single_gpu_by_its_scheduler_takes_it(environment, monkeypatch):
+    assert "waits up to 1 s for 2 processes, as the environment says: RANK=0, WORLD_SIZE=2" in capsys.readouterr().err
     chosen = []
     for name, function in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, function)
-    environment(LOCAL_RANK="3")
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "3"})  # a scheduler's
     assert M.start_processes()[2] == torch.device("cuda", 0) == chosen[0]
 
 
@@ -817,95 +495,58 @@ def lengths(options, labeled, unlabeled, world=1, device="cuda"):
 @pytest.mark.parametrize("options, images, expected", [
     ("--dataset pascal", (366, 10216), (3406, 80 * 3406, 3406, 8 * 3406)),  # warm-up: one epoch
     ("--dataset pascal --epochs 2 --eval-every 1", (366, 10216, 4), (852, 1704, 852, 852)),
-    ("--dataset pascal --iters 5000 --warmup-epochs 0", (366, 10216), (3406, 5000, 0, 500)),
     ("--dataset pascal --framework supervised", (366, 0), (122, 9760, 122, 976)),  # epochs over the labeled images
-    ("--dataset pascal --framework supervised", (10, 0), (4, T.SUPERVISED_FLOOR, 4, 100)),
-    ("--dataset pascal --framework supervised --iters 50", (10, 0), (4, 50, 4, 5)),
     ("--dataset pascal --framework supervised --epochs 3", (10, 0), (4, T.SUPERVISED_FLOOR, 4, 100)),
     ("--dataset folder --epochs 7 --warmup-epochs 2", (10, 33), (5, 35, 10, 4)),
-    ("--dataset folder --iters 35 --warmup-iters 9", (10, 33), (5, 35, 9, 4)),
 ])  # fmt: skip
 def test_epochs_become_steps(options, images, expected):
     assert lengths(options, *images) == expected
 
 
 def test_lengths_that_cannot_train_are_refused():
-    says = "the warm-up of 9 steps leaves no step of 9 for unlabeled images; lower --warmup-iters"
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match="the warm-up of 9 steps leaves no step of 9 for unlabeled images; lower --w"):
         lengths("--iters 9 --warmup-iters 9", 4, 4)
     lengths("--iters 9 --warmup-iters 9 --framework supervised", 4, 0)
-    for options in ("--framework supervised", "--warmup-iters 1"):
-        for world, device in ((1, "cuda"), (1, "cpu"), (2, "cpu")):
-            with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm a single value in a batch"):
-                lengths(f"--batch-size 1 {options}", 4, 4, world, device)
+    for options, world, device in (("--framework supervised", 1, "cuda"), ("--warmup-iters 1", 2, "cpu")):
+        with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm a single value in a batch"):
+            lengths(f"--batch-size 1 {options}", 4, 4, world, device)
         lengths(f"--batch-size 1 {options}", 4, 4, world=2)  # which GPUs share
-    lengths("--batch-size 1 --warmup-iters 0", 4, 4)
-    for options in ("--epochs 3 --iters 9", "--warmup-epochs 1 --warmup-iters 9"):
-        with pytest.raises(SystemExit):
-            resolved(options)
 
 
 def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     paper = dict(
         epochs=80, crop=513, batch_size=3, lr=0.001, head_lr=0.01, weight_decay=1e-4, power=0.9, optimizer="sgd",
         cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin", prior=False,
-        backbone="resnet101", weights="pretrained", threshold=None, refinement=True, distance_weight=True,
-        sup_loss="ce", dilation=1, unsup_norm="kept", lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None,
-        labeled="92", floor=0.0, eval_mode="original",
+        backbone="resnet101", threshold=None, refinement=True, distance_weight=True, sup_loss="ce", unsup_norm="kept",
+        dilation=1, lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None, floor=0.0, eval_mode="original",
     )  # fmt: skip
-    args = vars(resolved("--dataset pascal --labeled 92"))
-    assert {name: args[name] for name in paper} == paper
-    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, sup_loss="ohem", labeled="186")
-    args = vars(resolved("--dataset cityscapes --labeled 186"))
-    assert {name: args[name] for name in paper} == paper | {"eval_mode": "sliding"}
-    args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --sup-loss ohem --lr 0.5")
-    assert (args.crop, args.iters, args.epochs, args.warmup_iters, args.warmup_epochs) == (321, 100, None, 5, None)
-    assert (args.sup_loss, args.lr, args.head_lr) == ("ohem", 0.5, 0.01)
+    assert paper.items() <= vars(resolved("--dataset pascal")).items()
+    paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, eval_mode="sliding")
+    paper["sup_loss"] = "ohem"
+    assert paper.items() <= vars(resolved("--dataset cityscapes")).items()
+    args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
+    assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
     assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
     assert (args.weights, args.output_stride, args.crop) == ("pretrained", 16, 513)
 
 
-@pytest.mark.parametrize("dataset", T.DATASETS)
-@pytest.mark.parametrize("device", T.SIZES)
-def test_a_preset_leaves_nothing_open_but_what_has_another_meaning(dataset, device):
-    args = vars(resolved(f"--dataset {dataset}", device=device))
-    missing = {name for name, value in args.items() if value is None}
-    assert missing - {"splits", "threshold", "eval_every"} in ({"iters", "warmup_iters"}, {"epochs", "warmup_epochs"})
-    assert args["out"] == f"runs/{dataset}-{args['labeled']}-fixmatch-0"
-    assert resolved(f"--dataset {dataset} --labeled lists/mine.txt").out == f"runs/{dataset}-mine-fixmatch-0"
-
-
-def test_bfloat16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch):
-    def supported(including_emulation=True):
-        return including_emulation or new
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    for new in (True, False):
-        assert (resolved().amp, resolved(device="cpu").amp, resolved("--amp", "cpu").amp) == (new, False, True)
-        assert not resolved("--no-amp").amp and resolved("--amp").amp
+@pytest.mark.parametrize("new", [True, False])
+def test_bfloat16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch, new):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or new)
+    assert (resolved().amp, resolved(device="cpu").amp, resolved("--amp", "cpu").amp) == (new, False, True)
+    assert not resolved("--no-amp").amp and resolved("--amp").amp
 
 
 @pytest.mark.parametrize("options, says", [
-    ("--help", "pascal: labeled 366, crop 513, backbone resnet101"), ("--dataset mnist", "invalid choice: 'mnist'"),
-    ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"),
-    ("--neighborhood 4", "invalid choice: 4"), ("--crop 16", "16 is out of range; expected at least 32"),
-    ("--lr 0", "0 is out of range; expected more than 0"), ("--batch-size 0", "0 is out of range"),
+    ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"), ("--epochs 3 --iters 9", "same length"),
     ("--backbone dinov2_vits14 --output-stride 16", "--output-stride has no meaning for dinov2_vits14"),
     ("--prior --dilation 2", "--prior is counted over adjacent pixels; expected --dilation 1 with it"),
 ])  # fmt: skip
-def test_help_names_presets_and_bad_arguments_are_named(capsys, options, says):
-    with pytest.raises(SystemExit) as end:
+def test_bad_arguments_are_named(capsys, options, says):
+    with pytest.raises(SystemExit):
         resolved(options)
-    said = capsys.readouterr()
-    assert end.value.code == (0 if options == "--help" else 2) and says in " ".join((said.err + said.out).split())
-
-
-def test_a_missing_package_is_named_before_anything_is_written(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="--tensorboard needs a package that is not installed; pip install"):
-        run("--iters 2 --tensorboard")
-    assert not (tmp_path / "run").exists()
+    assert says in capsys.readouterr().err
 
 
 def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_path, capsys):
@@ -922,23 +563,15 @@ def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_pat
     assert re.fullmatch(rf"step 2/2  0m00s left  loss \d\.\d{{3}} = \d\.\d{{3}} \+ 1 x \d\.\d{{3}}  {figures}", said[4])
     assert re.fullmatch(r"step 2/2  teacher's mIoU [\d.]+, best [\d.]+", said[5])
     assert said[-1] == f"score it again with: python evaluate.py {tmp_path / 'run' / 'last.pth'}"
-    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [
-        "args.json", "best.pth", "last.pth", "metrics.jsonl", "panels", "step-000002.png",
-    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "run" / "panels").iterdir()] == ["step-000002.png"]
     settled = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (settled["torch"], settled["iters"], settled["amp"]) == (torch.__version__, 2, True)
-    run("--iters 1 --framework supervised", out="supervised")
-    assert "supervised, resnet10 on 1 x CPU; 1 steps of 2 labeled images\n" in capsys.readouterr().out
+    run("--iters 1 --batch-size 1", out="one")
+    assert "with one image per process CutMix has no second image and changes nothing" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# with a GPU
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("framework", ["supervised", "cutmixseg", "fixmatch", "unimatch"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_no_step_waits_for_the_gpu(run, tmp_path, monkeypatch, framework):
     decay, steps = T.ema_decay, []
 
@@ -953,17 +586,4 @@ def test_no_step_waits_for_the_gpu(run, tmp_path, monkeypatch, framework):
         run(options, network=DeepLabV3Plus)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    line = lines(tmp_path / "run")[-1]
-    assert len(steps) == 8 and math.isfinite(line["loss"]) and line["peak_memory_gib"] > 0
-
-
-@needs_gpu
-def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(tmp_path, root):
-    options = f"{LONG} --root {root} --device cuda --deterministic --crop 64"
-    ended(f"{options} --out {tmp_path / 'whole'}")
-    process = started(f"{options} --out {tmp_path / 'killed'}")
-    wait_for(process, "step 5/12")
-    process.kill()
-    process.communicate()
-    ended(f"{options} --out {tmp_path / 'killed'}")
-    assert equal(last(tmp_path / "whole"), last(tmp_path / "killed"))
+    assert len(steps) == 8 and lines(tmp_path / "run")[-1]["peak_memory_gib"] > 0
