@@ -58,7 +58,6 @@ def test_shapes_are_a_function_of_their_index_written_once_as_the_folder_they_ar
     assert ids(data.val) == ["val/0008", "val/0009", "val/0010"]
     for item in data.labeled + data.unlabeled + data.val:
         assert all(map(np.array_equal, read(item, data), draw_shapes(int(item.id.removeprefix("val/")))))
-    assert not np.array_equal(draw_shapes(0)[0], draw_shapes(1)[0])
     written = {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
     open_dataset("shapes", shapes, 2)
     assert written == {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
@@ -151,13 +150,9 @@ def test_folders_may_be_nested_and_val_txt_names_the_validation_images(tmp_path)
     data = open_dataset("folder", root, "all")
     assert ids(data.val) == ["trip/photo 3", "trip/photo 1"] and ids(data.labeled) == ["trip/photo 0", "trip/photo 2"]
     assert ids(data.unlabeled) == ["trip/photo 4", "trip/photo 5"]
-    for name, says in (
-        ("photo 77", r"val\.txt names photo 77, which is not in images/; correct"),
-        ("trip/photo 5", "1 of 1 val images of folder have no mask under .*, first trip/photo 5"),
-    ):
-        (root / "val.txt").write_text(f"{name}\n")
-        with pytest.raises(InputError, match=says):
-            open_dataset("folder", root, "all")
+    (root / "val.txt").write_text("photo 77\n")
+    with pytest.raises(InputError, match=r"val\.txt names photo 77, which is not in images/; correct"):
+        open_dataset("folder", root, "all")
 
 
 def test_links_are_followed_but_not_in_a_circle_and_what_is_no_image_of_the_folder_is_passed_over_or_named(tmp_path):
@@ -330,9 +325,8 @@ def mutated(path, rng):
         Image.fromarray(rng.integers(0, 65535, (30, 40)).astype(np.uint16)).save(path, "PNG")
     elif kind == 6:  # a header that promises ten thousand million pixels
         image.save(content, "PNG")
-        header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content.getvalue()[24:29]
-        checksum = struct.pack(">I", zlib.crc32(header))
-        path.write_bytes(content.getvalue()[:12] + header + checksum + content.getvalue()[33:])
+        content, header = content.getvalue(), b"IHDR" + struct.pack(">II", 100_000, 100_000) + content.getvalue()[24:29]
+        path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
     elif kind == 7:
         exif = Image.Exif()
         exif[0x0112] = 6  # stored lying on its side
@@ -374,7 +368,7 @@ def test_a_mask_is_saved_with_pascal_s_palette_and_makes_its_folder(tmp_path):
 # views and mixing
 
 
-@pytest.mark.parametrize("width, height", [(150, 100), (30, 200), (1, 7), (65, 64), (128, 31)])
+@pytest.mark.parametrize("width, height", [(150, 100), (30, 200), (1, 7)])
 def test_a_view_is_padded_cut_out_resized_and_flipped(width, height):
     pixels = np.random.default_rng(0).integers(0, 250, (height, width, 4), np.uint8)
     image, mask = Image.fromarray(pixels[..., :3].copy()), Image.fromarray(pixels[..., 3].copy())
@@ -392,8 +386,7 @@ def test_a_view_is_padded_cut_out_resized_and_flipped(width, height):
             plain = np.empty((height + side, width + side, *whole.shape[2:]), np.uint8)
             plain[:], plain[:height, :width] = padding, whole
             square = Image.fromarray(plain[top : top + side, left : left + side])
-            expected = np.asarray(square.resize((64, 64), Image.Resampling[kind]))
-            expected = expected[:, ::-1] if flip else expected
+            expected = np.asarray(square.resize((64, 64), Image.Resampling[kind]))[:, :: -1 if flip else 1]
             assert np.array_equal(one.numpy() if one.dim() == 2 else one.permute(1, 2, 0).numpy(), expected)
         assert torch.equal(view[1] == 255, ~view[2]) and view[2].any()
 
