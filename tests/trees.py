@@ -38,8 +38,7 @@ def folder(root, images=6, annotated=4, val=2, size=(64, 48), classes=3):
 
 def save_palette(mask, path):
     """A PNG as VOC stores its masks: indices with a palette."""
-    image = Image.fromarray(mask.astype(np.uint8), "P")
-    image.putpalette(palette().tobytes())
+    (image := Image.fromarray(mask.astype(np.uint8), "P")).putpalette(palette().tobytes())
     image.save(path)
 
 
@@ -53,8 +52,8 @@ def pascal(root, splits):
     """Six fine training images, two of SBD, two for validation, odd JPEGs among them; lists of 2 and of 7."""
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
         (root / folder).mkdir(parents=True)
-    fine, coarse = [f"2007_00000{i}" for i in range(6)], ["2008_000001", "2008_000002"]
-    val = ["2009_000001", "2009_000002"]
+    fine = [f"2007_00000{i}" for i in range(6)]
+    coarse, val = ([f"{year}_00000{i}" for i in (1, 2)] for year in (2008, 2009))
     rng = np.random.default_rng(0)
     for i, id in enumerate(fine + coarse + val):
         width, height = 61 + 6 * i, 83 - 4 * i  # odd sizes
@@ -73,16 +72,13 @@ def pascal(root, splits):
 def cityscapes(root, splits):
     """Four training images, two for validation; labelTrainIds in one city, labelIds in the others; a list of 2."""
     rng, names = np.random.default_rng(0), {"train": [], "val": []}
-    for split, city, kind in (
-        ("train", "aachen", "labelTrainIds"), ("train", "zurich", "labelIds"), ("val", "lindau", "labelIds"),
-    ):  # fmt: skip
+    for split, city, kind in (("train", "aachen", "labelTrainIds"), ("train", "zurich", "labelIds"),
+                              ("val", "lindau", "labelIds")):  # fmt: skip
         images, masks = (root / folder / split / city for folder in ("leftImg8bit", "gtFine"))
-        for folder in (images, masks):
-            folder.mkdir(parents=True)
+        images.mkdir(parents=True), masks.mkdir(parents=True)
         for i in range(2):
             id = f"{city}_00000{i}_000019"
-            pixels = rng.integers(0, 255, (48, 96, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(images / f"{id}_leftImg8bit.png")
+            Image.fromarray(rng.integers(0, 255, (48, 96, 3)).astype(np.uint8)).save(images / f"{id}_leftImg8bit.png")
             road, car, void = (7, 26, 3) if kind == "labelIds" else (0, 13, 255)
             mask = np.full((48, 96), void, np.uint8)
             mask[20:40], mask[:20] = road, car
