@@ -599,6 +599,7 @@ def _tensors(data, item):
 def own_process_group(worker):
     """A process group of its own, so that Ctrl-C reaches only the main process, which ends its workers."""
     os.setpgrp()
+    sys.excepthook = lambda *error: None  # of the thread that hands tensors to a process which may have ended
 
 
 # ----------------------------------------------------------------------------------------------------------------------
