@@ -155,7 +155,9 @@ def sections(settings):
     if not runs:
         return "", f"{title}: not run yet.\n"
     every = [lines for of in runs.values() for lines in of.values()]
+    lists = [labeled for labeled in lists if any(labeled == key[0] for of in runs.values() for key in of)]
     args = next(iter(runs.get("fixmatch", next(iter(runs.values()))).values()))[0]
+    title += "" if len(lists) > 1 or "labels" in title else f", {lists[0]} labels"
     commits = ", ".join(sorted({(lines[0].get("commit") or "?")[:7] for lines in every}))
     about = (
         f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images,\n"
@@ -180,7 +182,7 @@ def parts():
     """{mark: Markdown} for the pages."""
     both = {settings: sections(settings) for settings in SETTINGS}
     found = {settings: text for settings, (_, text) in both.items()}
-    found["results"] = "\n".join(filter(None, (short for short, _ in both.values())))
+    found["results"] = both["h200"][0]
     found["rarest"] = "".join(f"{dataset}: {', '.join(names)}.\n" for dataset, names in RARE.items())
     gpu = {method: {key: measure(of[key], "pascal") for key in of} for method, of in read("h200").items()}
     columns = [*RARE["pascal"], "other classes"]
@@ -201,6 +203,7 @@ def draw():
     except ImportError:
         return
     gpu, cpu = read("h200"), read("cpu")
+    cpu = cpu if len({labeled for runs in cpu.values() for labeled, _ in runs}) > 1 else {}
     figure = Figure(figsize=(15 if cpu else 10, 3.8), layout="constrained")
     labels, classes, *lists = figure.subplots(1, 2 + bool(cpu), width_ratios=(1, 1.6, 1)[: 2 + bool(cpu)])
     colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
