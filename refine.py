@@ -16,7 +16,6 @@ This file needs only PyTorch; it can be copied into another project as it is.
     gamma_t                     threshold         0-d         like kappa
     alpha_t, alpha_0            alpha, alpha0     number      0..1, share of the raw pixels at or below the threshold
     y^_jk                       label             (B,H,W)     0..C-1, or 255 where the pixel is ignored
-    (image, not padding)        valid             (B,H,W)     bool
 """
 
 import math
@@ -35,7 +34,6 @@ def confidence(prob, kind="margin"):
     margin:   max_c p_c - max2_c p_c      Eq. 5, 0..1
     max:      max_c p_c                   Eq. 11, 0..1
     entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may be lower
-
     Refined probabilities are put into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
     return _ranked(prob, kind)[0]
@@ -43,14 +41,17 @@ def confidence(prob, kind="margin"):
 
 def _ranked(prob, kind):
     """(confidence, class of the largest probability), (B,H,W) each."""
+    if kind == "margin" and not prob.is_cuda:  # a running top-2: a kernel per class, but half a CPU's time
+        first = second = label = torch.zeros_like(prob[:, 0])
+        for c, p in enumerate(prob.unbind(1)):
+            label, second, first = torch.where(p > first, c, label), second.maximum(first.minimum(p)), first.maximum(p)
+        return first - second, label.long()
     first, label = prob.max(1)
     if kind == "margin":
         return first - prob.scatter(1, label[:, None], 0).amax(1), label
-    if kind == "max":
-        return first, label
-    if kind == "entropy":
-        return torch.xlogy(prob, prob).sum(1), label
-    raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+    if kind not in ("max", "entropy"):
+        raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+    return first if kind == "max" else torch.xlogy(prob, prob).sum(1), label
 
 
 def offsets(neighborhood, dilation=1, distance_weight=True):
@@ -107,24 +108,26 @@ def refine(
         score = torch.rand(exists.shape, generator=generator, device=prob.device)
         order = score.masked_fill(~exists, -1).argsort(0, descending=True)  # each pixel's neighbors, shuffled
 
-    refined, chunk = [], 3 if prob.device.type == "cpu" else prob.shape[1]  # three classes stay in a CPU's cache
+    refined, chunk = [], prob.shape[1] if prob.is_cuda else 3  # three classes stay in a CPU's cache
     for first in range(0, prob.shape[1], chunk):
         classes, taken = slice(first, first + chunk), []
         p, around = prob[:, classes], _neighbors(prob[:, classes], grid)
         for turn in range(min(neighbors, len(grid))):
-            best, which = torch.full_like(p, -torch.inf), -1
+            best, which = torch.full_like(p, 0 if exists is None else -torch.inf), -1
             for n, ((*_, beta), q) in enumerate(zip(grid, around)):
-                given_p = q if prior is None else q.maximum(prior[classes].to(q).view(-1, 1, 1))  # Eq. 14, or 16
-                gain = torch.addcmul(q, p, given_p, value=-1).mul_(sign * beta)  # what Eq. 10 adds to p
+                gain = q * (sign * beta)  # what Eq. 10 adds to p with Eq. 14, q - p q = q (1 - p), but for 1 - p
+                if prior is not None:  # Eq. 16
+                    gain = (q - p * q.maximum(prior[classes].to(q).view(-1, 1, 1))) * (sign * beta)
                 if exists is not None:
                     free = exists[n] & (order[turn] == n) if select == "random" else exists[n]
                     for earlier in taken:
                         free = free & (earlier != n)
                     gain = gain.where(free, -torch.inf)
                     which = torch.where(gain > best, n, which)
-                best = torch.maximum(best, gain)  # Eq. 9
+                torch.maximum(best, gain, out=best)  # Eq. 9
             taken.append(which)
-            p = p + sign * best.nan_to_num(neginf=0)
+            best = best if exists is None else best.nan_to_num(neginf=0)  # no neighbor: no gain
+            p = torch.addcmul(p, best, 1 - p, value=sign) if prior is None else p + sign * best
         refined.append(p)
     return torch.cat(refined, 1)
 
@@ -173,10 +176,8 @@ def dpa_threshold(conf, alpha, valid=None):
         values = torch.cat(everywhere)
     if not values.numel():
         return values.new_tensor(torch.inf)
-    rank = (((values < torch.inf).sum() - 1).clamp(min=0).double() * alpha).long()
-    if values.is_cuda:  # kthvalue takes a Python number, for which the host would have to wait
-        return values.sort().values.gather(0, rank[None])[0]
-    return values.kthvalue(rank.item() + 1).values
+    rank = (((values < torch.inf).sum() - 1).clamp(min=0).double() * alpha).long()  # kthvalue would wait for a GPU
+    return values.sort().values.gather(0, rank[None])[0] if values.is_cuda else values.kthvalue(rank.item() + 1).values
 
 
 class PseudoLabels(NamedTuple):  # what `pseudo_labels` returns
@@ -199,8 +200,7 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, flo
     # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
     conf, label = _ranked(prob, kind)
     if threshold is None:
-        threshold = dpa_threshold(conf, alpha, valid)
-        threshold = threshold.clamp(min=floor) if floor else threshold
+        threshold = dpa_threshold(conf, alpha, valid).clamp(min=floor or -torch.inf)
     if refinement:
         if valid is not None:  # padding is no neighbor: a union with 0 changes nothing
             prob = prob.masked_fill(~valid[:, None], 0)

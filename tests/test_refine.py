@@ -253,3 +253,14 @@ assert not {"data", "model", "train", "evaluate", "torchvision"} & (set(sys.modu
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=CLEAN)
     assert done.returncode == 0, done.stderr
+
+
+PRIOR = torch.tensor([0.9, 0.2, 0.5, 0.7])
+
+
+@pytest.mark.parametrize("options", [{}, {"neighbors": 2, "select": "min"}, {"prior": PRIOR, "kind": "entropy"}])
+def test_what_a_gpu_computes_is_what_a_cpu_does(monkeypatch, options):
+    prob = torch.randn(2, 4, 17, 23, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
+    ours = pseudo_labels(prob, 0.3, **options)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    assert all(map(torch.equal, pseudo_labels(prob, 0.3, **options), ours))
