@@ -319,6 +319,11 @@ def panel_items(data, count=4):
 # command line
 
 
+def last_line(error):
+    """Of its text, or of its kind where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
+
+
 def run_script(main):
     """Runs main and ends the process: a user's error is one sentence, a bug a traceback, both exit code 1."""
     code = 0
@@ -329,10 +334,10 @@ def run_script(main):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except (InputError, OSError) as error:  # a loader's worker puts its traceback before the sentence
-        code = (str(error) or repr(error)).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        code = last_line(error).removeprefix("data.InputError: ")
     except Exception as error:
         lost = "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError)
-        sentence = f"a process is lost, whose own message may say why ({str(error).strip().splitlines()[-1]})"
+        sentence = f"a process is lost, whose own message may say why ({last_line(error)})"
         code = sentence if lost else traceback.format_exc()
     if isinstance(code, str):
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {code}\n")  # in one piece, beside those of other processes

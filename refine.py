@@ -115,7 +115,7 @@ def refine(
         for turn in range(min(neighbors, len(grid))):
             best, which = torch.full_like(p, 0 if exists is None else -torch.inf), -1
             for n, ((*_, beta), q) in enumerate(zip(grid, around)):
-                gain = q * (sign * beta)  # what Eq. 10 adds to p with Eq. 14, q - p q = q (1 - p), but for 1 - p
+                gain = q * (sign * beta)  # Eqs. 10, 14: p + beta (q - p q) = p + (1 - p) beta q; 1 - p comes last
                 if prior is not None:  # Eq. 16
                     gain = (q - p * q.maximum(prior[classes].to(q).view(-1, 1, 1))) * (sign * beta)
                 if exists is not None:
@@ -124,7 +124,7 @@ def refine(
                         free = free & (earlier != n)
                     gain = gain.where(free, -torch.inf)
                     which = torch.where(gain > best, n, which)
-                torch.maximum(best, gain, out=best)  # Eq. 9
+                best = torch.maximum(best, gain)  # Eq. 9
             taken.append(which)
             best = best if exists is None else best.nan_to_num(neginf=0)  # no neighbor: no gain
             p = torch.addcmul(p, best, 1 - p, value=sign) if prior is None else p + sign * best
@@ -180,7 +180,8 @@ def dpa_threshold(conf, alpha, valid=None):
     return values.sort().values.gather(0, rank[None])[0] if values.is_cuda else values.kthvalue(rank.item() + 1).values
 
 
-class PseudoLabels(NamedTuple):  # what `pseudo_labels` returns
+class PseudoLabels(NamedTuple):
+    """What `pseudo_labels` returns."""
     label: torch.Tensor  # (B,H,W) long, 255 = ignore
     keep: torch.Tensor  # (B,H,W) bool, True on pixels that are trained on
     confidence: torch.Tensor  # (B,H,W), after refinement
@@ -192,7 +193,6 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, flo
     """Eq. 4 with Sec. 3.2.2: the threshold comes from the raw probabilities, the decision from the refined ones.
 
     label = argmax_c refined_c where confidence(refined) > threshold, else 255
-
     prob (B,C,H,W), the teacher's; alpha 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W) bool, False on
     padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then; floor: DPA's threshold is
     never below it [ours], 0: no floor; refinement=False leaves out Eqs. 7-10; options: those of `refine`.

@@ -74,7 +74,7 @@ PRESETS = {
 DINOV2 = dict(optimizer="adamw", lr=5e-6, head_lr=2e-4, weight_decay=0.01)  # whatever the dataset [UniMatch V2]
 STRONG_VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # of an unlabeled image
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
-MAY_CHANGE = set(  # from one --resume to the next; what of it matters `find_checkpoint` compares in another way
+MAY_CHANGE = set(  # from one --resume to the next; `find_checkpoint` compares images and ids, not these words
     "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
     "batch_size processes weights".split()
 )
@@ -354,8 +354,8 @@ def find_checkpoint(args, data, rank):
     if gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
         said.append(f"{gone} unlabeled images fewer")
         ids["unlabeled"] = checkpoint["unlabeled"]
-        counted = {"steps_per_epoch": True, "eval_steps": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
-        now |= {name: saved[name] for name, in_epochs in counted.items() if in_epochs}  # before the images went away
+        epochs = {"steps_per_epoch": True, "eval_steps": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
+        now |= {name: saved[name] for name, given in epochs.items() if given}  # counted before the images went away
     for name in now.keys() - MAY_CHANGE:
         if saved.get(name) != now[name]:
             lower = name in ("lr", "head_lr") and now[name] < saved[name]

@@ -418,3 +418,6 @@ def test_without_torchrun_there_is_one_process_and_a_gpu_is_only_asked_for_where
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, {"WORLD_SIZE": "2"}.get(name, "1"))
     one_sentence(lambda: M.start_processes("auto"), "process 1 has no GPU of its own; start at most 1")
+    monkeypatch.delenv("LOCAL_RANK")  # as under srun, where each process sees all GPUs
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    one_sentence(lambda: M.start_processes("auto"), "LOCAL_RANK is not in the environment; start with")

@@ -445,7 +445,7 @@ def test_a_loss_or_weights_that_are_not_finite_reach_no_checkpoint(run, tmp_path
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_stay_as_they_are_over_a_thousand_steps(run, monkeypatch):
+def test_memory_and_open_files_stay_as_they_are_over_hundreds_of_steps(run, monkeypatch):
     write, seen = T.write_record, []
 
     def measured(out, board, rank, record):

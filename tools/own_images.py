@@ -84,7 +84,8 @@ def read_mask(path, by_value):
 def text(code):
     """A code as classes.csv names it: its number, or r,g,b, and alpha where that is not 255."""
     numbers = code[:3] if code[3:] == (255,) else code
-    return ",".join("nan" if one == NAN else f"{one:.17g}" for one in numbers)
+    short = (int(one) if abs(one) < 1e15 and one == int(one) else float(one) for one in numbers)
+    return ",".join("nan" if one == NAN else str(one) for one in short)
 
 
 def distances(some, others):
