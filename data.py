@@ -541,8 +541,8 @@ class TrainingViews(Dataset):
 
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
     where nothing is annotated: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
-    An unlabeled image that cannot be read is replaced by that of sample n + 1; broken is its index in data.unlabeled,
-    or -1. A mask of an unlabeled image that cannot be read is as good as none.
+    An unlabeled image that cannot be read is replaced by that of sample n + 1; broken says why, or is empty. A mask of
+    an unlabeled image that cannot be read is as good as none.
     """
 
     def __init__(self, data, crop, framework, seed):
@@ -559,16 +559,16 @@ class TrainingViews(Dataset):
         x, y, _ = self.view("x", n, *read(item, self.data))
         if self.framework == "supervised":
             return {"x": x, "y": y}
-        broken = -1
+        broken = ""
         for number in range(n, n + len(unlabeled)):
-            index = sampled(len(unlabeled), self.seed, "order_u", number)
-            for item in (unlabeled[index], unlabeled[index]._replace(mask=None)):
+            item = unlabeled[sampled(len(unlabeled), self.seed, "order_u", number)]
+            for item in (item, item._replace(mask=None)):
                 try:
                     weak, truth, valid = self.view("u", n, *read(item, self.data))
                     return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
-                except InputError:
-                    pass
-            broken = index if number == n else broken
+                except InputError as error:
+                    reason = str(error)
+            broken = broken or reason
         raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
 
 

@@ -184,7 +184,6 @@ def main(args):
         for group, base in zip(optimizer.param_groups, (args.lr, args.head_lr)):
             group["base"] = base
         checkpoint = None  # as large as networks and optimizer together
-    broken, reported = torch.zeros(len(data.unlabeled) + 1, dtype=torch.uint8), set()  # the last, -1, stands for none
     averaged = float_tensors(teacher), float_tensors(student)
     run_student, run_teacher, make_labels = student, teacher, pseudo_labels
     if world > 1:
@@ -202,15 +201,16 @@ def main(args):
     )  # fmt: skip
     board, lock = open_run(args, data, first, rank, device)
     stop = stop_signals(rank, world)
-    scores, losses = None, torch.zeros(3, device=device)
+    scores, losses, broken = None, torch.zeros(3, device=device), set()
     logged, logged_at = first, time.monotonic()
     saved_at = logged_at
 
     # --- the loop: one step of training, Sec. 3.3
     for step, batch in enumerate(loader, first):
         unlabeled = not supervised and step >= args.warmup_iters
-        if not supervised:
-            broken[batch.pop("broken")] = 1
+        for sentence in {*batch.pop("broken", ())} - broken - {""}:
+            print(f"warning: {sentence}; the next image is used", file=sys.stderr, flush=True)
+            broken.add(sentence)
         batch = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
         x, y = normalize(batch["x"]), batch["y"]  # (B,3,H,W), (B,H,W)
         if unlabeled:
@@ -269,9 +269,11 @@ def main(args):
         if unlabeled:
             counts = all_reduce(label_counts(prob, pseudo, batch["truth"], valid, options))
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
-        broken = all_reduce(broken.to(device), dist.ReduceOp.MAX).cpu()
-        report_broken(data, broken, reported, rank)
-        record |= {"broken": len(reported)} if reported else {}
+        most = all_reduce(torch.tensor(len(broken), device=device), dist.ReduceOp.MAX).item()  # of any process
+        if most > len(data.unlabeled) / 20:
+            raise InputError(f"{most} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
+                             "replace or remove them, then use --resume")
+        record |= {"broken": most} if most else {}
         record["seconds_per_step"] = (time.monotonic() - logged_at) / (done - logged)
         record["images_per_second"] = args.batch_size * world * (1 + unlabeled) / record["seconds_per_step"]
         if device.type == "cuda":
@@ -450,25 +452,6 @@ def stop_signals(rank, world):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, receive)
     return received
-
-
-def report_broken(data, broken, reported, rank):
-    """Says once which unlabeled images cannot be read: those where `broken` is 1; `reported` gets their indices.
-
-    Raises InputError if they are more than one in twenty.
-    """
-    for index in broken[:-1].nonzero().flatten().tolist():
-        if index not in reported and rank == 0:
-            try:
-                read(data.unlabeled[index]._replace(mask=None), data)
-            except InputError as error:
-                print(f"warning: {error}; the next image is used", file=sys.stderr, flush=True)
-        reported.add(index)
-    if len(reported) > len(data.unlabeled) / 20:
-        raise InputError(
-            f"{len(reported)} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
-            "replace or remove them, then use --resume"
-        )
 
 
 def write_record(out, board, rank, record):
