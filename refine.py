@@ -159,7 +159,8 @@ def dpa_alpha(step, total_steps, alpha0=0.4):
 def dpa_threshold(conf, alpha, valid=None):
     """gamma_t of Sec. 3.1.2: the alpha-quantile of the raw confidences of the whole batch.
 
-    conf: any shape, any range; alpha 0..1; valid: bool like conf, True on pixels that count (default: all).
+    conf: any shape, the same in every process, any range; alpha 0..1; valid: bool like conf, True on pixels that count
+    (default: all).
     Returns a 0-d tensor on conf's device: the value of rank floor(alpha * (n - 1)) among the n valid pixels of all
     processes, exact (torch.quantile's "lower"); +inf if there is none. Raises ValueError for another alpha.
     """
@@ -168,12 +169,9 @@ def dpa_threshold(conf, alpha, valid=None):
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
     values = (conf if valid is None else conf.masked_fill(~valid, torch.inf)).float().flatten()
     if dist.is_available() and dist.is_initialized():
-        longest = torch.tensor(values.numel(), device=values.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        values = F.pad(values, [0, longest.item() - values.numel()], value=torch.inf)
-        everywhere = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-        dist.all_gather(everywhere, values)
-        values = torch.cat(everywhere)
+        everywhere = values.new_empty(dist.get_world_size() * len(values))
+        dist.all_gather_into_tensor(everywhere, values)
+        values = everywhere
     if not values.numel():
         return values.new_tensor(torch.inf)
     rank = (((values < torch.inf).sum() - 1).clamp(min=0).double() * alpha).long()  # kthvalue would wait for a GPU

@@ -159,10 +159,10 @@ def _threshold_of_one_process(rank, path, confs, valids, queue):
     dist.destroy_process_group()
 
 
-def test_threshold_of_two_processes_with_other_shapes_is_that_of_the_whole_batch(tmp_path):
+def test_threshold_of_two_processes_is_that_of_the_whole_batch(tmp_path):
     rng = torch.Generator().manual_seed(0)
-    confs = [torch.rand(3, 9, 9, generator=rng), torch.rand(1, 4, 7, generator=rng) ** 8]  # and other distributions
-    valids = [torch.rand(conf.shape, generator=rng) < 0.7 for conf in confs]
+    confs = [torch.rand(3, 9, 9, generator=rng), torch.rand(3, 9, 9, generator=rng) ** 8]  # of other distributions
+    valids = [torch.rand(3, 9, 9, generator=rng) < share for share in (0.7, 0.2)]
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_threshold_of_one_process, (tmp_path / "store", confs, valids, queue), nprocs=2)
     conf, valid = (torch.cat([part.flatten() for part in parts]) for parts in (confs, valids))
