@@ -273,22 +273,20 @@ def test_tau_warms_up_to_its_limit():
 
 
 def test_the_teacher_is_the_closed_form_of_the_moving_average():
-    student = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    student, expected = nn.BatchNorm1d(1), None
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    expected = None
     for n, value in enumerate([1.0, 4.0, -2.0, 3.0, 8.0, 8.0]):
-        nn.init.constant_(student[0].weight, value)
-        student[1].running_mean.fill_(10 * value)
-        student[1].running_var.fill_(value**2)
-        student[1].num_batches_tracked += 1
+        nn.init.constant_(student.weight, value)
+        student.running_mean.fill_(10 * value)
+        student.running_var.fill_(value**2)
+        student.num_batches_tracked += 1
         tau = ema_decay(n, 0.7)
         update_teacher(M.float_tensors(teacher), M.float_tensors(student), tau)
         new = torch.tensor([value, 10 * value, value**2])
         expected = new if n == 0 else tau * expected + (1 - tau) * new  # the first update is a copy
-        averaged = torch.cat([teacher[0].weight[0], teacher[1].running_mean, teacher[1].running_var])
-        torch.testing.assert_close(averaged, expected)
-        assert teacher[1].num_batches_tracked == 0  # whole numbers are no average
-    assert student[0].weight.item() == 8 and student[0].weight.requires_grad
+        torch.testing.assert_close(torch.cat([teacher.weight, teacher.running_mean, teacher.running_var]), expected)
+        assert teacher.num_batches_tracked == 0  # whole numbers are no average
+    assert student.weight.item() == 8 and student.weight.requires_grad
 
 
 # ----------------------------------------------------------------------------------------------------------------------
