@@ -91,12 +91,13 @@ def cityscapes(root, splits):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what PyTorch is asked to compute."""
+    """Counts and names what PyTorch is asked to compute."""
 
-    count = 0
+    count, names = 0, ()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count += operation is not torch.ops.prim.device.default  # a fake tensor's question about itself
+        self.names += (operation.__name__,)
         return operation(*args, **(kwargs or {}))
 
 
