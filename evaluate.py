@@ -141,7 +141,7 @@ def boundary_confusion(prediction, label, num_classes):
     distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
     labels = torch.stack([prediction.masked_fill(label == IGNORE, IGNORE), label]).to(torch.uint8)
     bands = labels.masked_fill(~near_contour(labels.flatten(0, 1), distance).view_as(labels), num_classes)
-    return confusion_matrix(bands[0], bands[1].masked_fill(label == IGNORE, IGNORE), num_classes + 1)
+    return confusion_matrix(*bands, num_classes + 1)
 
 
 def intersection_over_union(confusion, classes):
