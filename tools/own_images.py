@@ -17,7 +17,6 @@ import shlex
 import shutil
 import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,10 +31,9 @@ from data import read_text, save_mask, suffix, walk  # noqa: E402
 from evaluate import number, run_script  # noqa: E402
 
 CLASSES = 254  # at most; 255 means ignore, and data.py needs a value for what is no class
-VALUES = ("1", "L", "P", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of numbers; others are colors
 NAN = -1e308  # stands for NaN, which does not equal itself
 NEAR = 16  # of 255 in each channel: so near its color a pixel belongs to a class, where edges are blended
-NUMBER = r"(-?\d[\d.e+-]*|nan)"
+NUMBER = r"(?:-?\d+\.?\d*(?:e[+-]?\d+)?|nan)"
 LINE = rf"\s*(\"[^\"]*\"|[^\",;\t]+?)\s*[,;:\t]\s*({NUMBER}(\s*[,;\t]\s*{NUMBER}){{0,3}})\s*([,;:\t].*)?"
 LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
 
@@ -46,8 +44,7 @@ def warn(sentence):
 
 
 def each(function, *lists):
-    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads.
-    Says every ten seconds how far it is."""
+    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads."""
 
     def result(*members):
         try:
@@ -55,12 +52,11 @@ def each(function, *lists):
         except InputError as error:
             return error
 
-    results, said = [], time.monotonic()
+    results = []
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for one in pool.map(result, *lists):
             results.append(one)
-            if time.monotonic() > said + 10:
-                said = time.monotonic()
+            if len(results) % 500 == 0:
                 print(f"{len(results)} of {len(lists[0])} files", file=sys.stderr)
     return results
 
@@ -68,7 +64,7 @@ def each(function, *lists):
 def read_mask(path, by_value):
     """A mask's codes: the numbers that are stored (n,1), or colors with alpha (n,4), and where which one is (H,W)."""
     image = open_image(path, "L")
-    if by_value and image.mode not in VALUES:
+    if by_value and len(image.getbands()) > 1:
         raise InputError(f"mask {path} is a {image.mode} image; expected lines name,r,g,b for its colors")
     stored = np.array(image.convert("L" if image.mode == "1" else image.mode) if by_value else image.convert("RGBA"))
     if stored.dtype.kind == "f":
@@ -84,8 +80,7 @@ def read_mask(path, by_value):
 def text(code):
     """A code as classes.csv names it: its number, or r,g,b, and alpha where that is not 255."""
     numbers = code[:3] if code[3:] == (255,) else code
-    short = (int(one) if abs(one) < 1e15 and one == int(one) else float(one) for one in numbers)
-    return ",".join("nan" if one == NAN else str(one) for one in short)
+    return ",".join("nan" if one == NAN else str(float(one)).removesuffix(".0") for one in numbers)
 
 
 def distances(some, others):
@@ -273,7 +268,7 @@ def main(args):
         kinds = [kind for kind in each(palette_of, masks) if not isinstance(kind, InputError)]
         modes, colors = {mode for mode, _ in kinds}, set().union(*(used for _, used in kinds))
         why = ", for their palettes differ" if len(colors) > len({index for index, *_ in colors}) else ""
-        by_value = modes <= {*VALUES} and not why
+        by_value = all(Image.getmodebands(mode) == 1 for mode in modes) and not why
 
     looks = dict(zip(pairs, each(look, pairs, pairs.values(), [by_value] * len(pairs))))
     broken = {image: str(look) for image, look in looks.items() if isinstance(look, InputError)}
