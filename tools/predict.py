@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--confidence", action="store_true", help="also write the margin as gray images")
     add("--probabilities", action="store_true", help="also write every class's probability; large files")
     add("--shrink", type=number(int, 32), metavar="N", help="predict images as large as own_images.py --shrink N makes")
-    add("--eval-mode", choices=("original", "sliding"), help=f"default: original, above {LARGE} pixels in windows of that side")
+    add("--eval-mode", choices=("original", "sliding"), help=f"default: original, windows of {LARGE} pixels above")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
     add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
