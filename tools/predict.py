@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as VF
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import READABLE, InputError, left_out, open_image, save_mask, suffix, walk  # noqa: E402
-from evaluate import Protocol, image_threshold, label_options, number, overlay, predict  # noqa: E402
+from evaluate import Protocol, image_threshold, label_options, last_line, number, overlay, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
 from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, pseudo_labels  # noqa: E402
@@ -127,7 +127,7 @@ def main(args):
         try:
             problem = image if isinstance(image, str) else write(id, image)
         except (OSError, MemoryError, RuntimeError) as error:  # a name too long, a full disk, no memory for its size
-            problem = f"{path} has no mask: {str(error).splitlines()[0]}"
+            problem = f"{path} has no mask: {last_line(error)}"
         if problem:
             print(problem, file=sys.stderr)
             failed += 1

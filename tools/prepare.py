@@ -84,7 +84,7 @@ def check(args):
     """Reads every image and mask in use and prints what they hold. Raises InputError after naming what is wrong."""
     data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())  # all training images are unlabeled
     labeled = labeled_ids(args.dataset, data.unlabeled, args.labeled, Path(args.splits or SPLITS) / args.dataset)
-    parts = {"labeled": [], "unlabeled": [], "val": data.val, "test": data.test}
+    parts = {"labeled": [], "unlabeled": [], "val": data.val} | ({"test": data.test} if data.test else {})
     for item in data.unlabeled:
         parts["labeled" if item.id in labeled else "unlabeled"].append(item)
     sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
