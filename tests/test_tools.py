@@ -127,17 +127,17 @@ def test_cityscapes_says_what_to_download_and_what_is_there(tmp_path, monkeypatc
 def test_check_counts_every_pixel_and_names_everything_that_is_wrong_at_once(tmp_path, capsys):
     root, splits = trees.pascal(tmp_path / "root", tmp_path / "splits"), tmp_path / "splits"
     words = ["check", "--dataset", "pascal", "--root", root, "--labeled", 7, "--splits", splits]
+    (root / "SegmentationClassAug" / "2008_000002.png").unlink()  # unlabeled, not needed
     call(prepare, *words)
     said, data = capsys.readouterr().out, open_dataset("pascal", root, 7, splits)
-    assert "labeled: 7 images, 7 masks" in said and "unlabeled: 1 images, 1 masks (none needed)" in said
+    assert "labeled: 7 images, 7 masks" in said and "unlabeled: 1 images, 0 masks (none needed)" in said
     assert "nothing is missing, nothing is broken" in said and "61 x 83 (1)" in said
-    masks = [np.asarray(read(item, data)[1]).ravel() for item in data.labeled + data.unlabeled + data.val]
+    masks = [np.asarray(read(item, data)[1]).ravel() for item in data.labeled + data.val]
     for value, name in ((0, "background"), (1, "aeroplane"), (255, "ignored")):
         assert f"{value:4} {name:20} {np.mean(np.concatenate(masks) == value):7.2%} of the mask pixels" in said
     (root / "JPEGImages" / "2007_000000.jpg").unlink()
     (root / "JPEGImages" / "2007_000001.jpg").write_bytes(b"no image")
     (root / "SegmentationClass" / "2007_000002.png").unlink()
-    (root / "SegmentationClassAug" / "2008_000002.png").unlink()  # unlabeled, not needed
     save_mask(np.full((71, 79), 77, np.uint8), root / "SegmentationClass" / "2007_000003.png")
     refused("4 files are missing or broken, each is named above", prepare, *words)
     assert len((said := capsys.readouterr().err).splitlines()) == 4
@@ -260,7 +260,7 @@ def test_a_table_names_the_classes_and_what_to_ignore_in_val_too(tmp_path, capsy
 
 
 @pytest.mark.parametrize("text, names, says", [
-    ("soil,1\nwheat,2\n", "", "mask .*photo 0.png holds 3, which .*classes.csv does not; add lines for them"),
+    ("soil,1\nwheat,2\n", "", "mask .*photo 1.png holds 3, which .*classes.csv does not; add lines for them"),
     ("soil,1\nsoil,2\nignore,3\n", "", "expected 2 to 254 different names"),
     ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "classes.txt and .*classes.csv name other classes; make them the"),
     ("soil,1\nwheat,2\nweed,3\n", None, "masks-painted is there from an earlier conversion; move it away first"),
@@ -271,7 +271,7 @@ def test_a_table_names_the_classes_and_what_to_ignore_in_val_too(tmp_path, capsy
 ])  # fmt: skip
 def test_a_conversion_that_cannot_end_well_gets_a_sentence_and_changes_nothing(tmp_path, text, names, says):
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
-    change_masks(root, lambda m, _: m + np.uint8(1))
+    change_masks(root, lambda m, i: np.minimum(m + 1, 3 if i else 2).astype(np.uint8))  # the first has no 3
     (root / "masks-painted").mkdir() if names is None else (root / "classes.txt").write_text(names) if names else None
     table.write_text(text) if text is not None else None
     before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
@@ -307,6 +307,9 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
     (root / "classes.txt").unlink()
     change_masks(root, lambda m, i: np.random.default_rng(i).integers(0, 256, (48, 64, 3)).astype(np.uint8))  # no masks
     refused(r"hold 1\d+ colors, none of them in areas; expected 2 to 254 classes, each in areas", own_images, root)
+    (tmp_path / "classes.csv").write_text("soil,0\ncrack,1\n")
+    refused("6 files cannot be used", own_images, root, "--colors", tmp_path / "classes.csv")
+    assert capsys.readouterr().err.count("is a RGB image; expected lines name,r,g,b for its colors") == 6
     change_masks(root, lambda m, _: m[..., 0] * 0)
     refused("hold the values 0; expected 2 to 254 classes", own_images, root)
     (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
@@ -372,11 +375,13 @@ def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_pat
     root, small = mine(tmp_path / "mine", size=(1600, 40)), tmp_path / "mine-64"
     call(own_images, root)
     assert f"train on smaller copies: python tools/own_images.py {root} --shrink 512;" in capsys.readouterr().err
+    (root / "classes.txt").write_text("soil\nwheat\nweed\n")
+    (root / "val.txt").write_text("photo 2\n")
     call(own_images, root, "--shrink", 64)
     assert f"--root {small}" in capsys.readouterr().out
     data = open_dataset("folder", small, "all")
     image, mask = read(data.labeled[0], data)
-    assert (small / "val.txt").read_text() == (root / "val.txt").read_text()
+    assert data.classes == ("soil", "wheat", "weed") and [item.id for item in data.val] == ["photo 2"]
     assert (len(data.labeled), len(data.unlabeled), image.size, {*np.unique(mask)}) == (5, 2, (64, 2), {0, 1, 2})
     refused("mine-64 is there already", own_images, root, "--shrink", 64)
 
