@@ -17,7 +17,6 @@ import shlex
 import shutil
 import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,10 +31,9 @@ from data import read_text, save_mask, suffix, walk  # noqa: E402
 from evaluate import number, run_script  # noqa: E402
 
 CLASSES = 254  # at most; 255 means ignore, and data.py needs a value for what is no class
-VALUES = ("1", "L", "P", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of numbers; others are colors
 NAN = -1e308  # stands for NaN, which does not equal itself
 NEAR = 16  # of 255 in each channel: so near its color a pixel belongs to a class, where edges are blended
-NUMBER = r"(-?\d[\d.e+-]*|nan)"
+NUMBER = r"(?:-?\d+\.?\d*(?:e[+-]?\d+)?|nan)"
 LINE = rf"\s*(\"[^\"]*\"|[^\",;\t]+?)\s*[,;:\t]\s*({NUMBER}(\s*[,;\t]\s*{NUMBER}){{0,3}})\s*([,;:\t].*)?"
 LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
 
@@ -45,30 +43,28 @@ def warn(sentence):
     print(f"warning: {sentence}", file=sys.stderr)
 
 
-def each(function, *lists):
-    """The results of a function for the members of the lists, or the InputErrors that it raised; by several threads.
-    Says every ten seconds how far it is."""
+def each(function, members):
+    """The results of a function for the members, or the InputErrors that it raised; by several threads."""
 
-    def result(*members):
+    def result(member):
         try:
-            return function(*members)
+            return function(member)
         except InputError as error:
             return error
 
-    results, said = [], time.monotonic()
+    results = []
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for one in pool.map(result, *lists):
+        for one in pool.map(result, members):
             results.append(one)
-            if time.monotonic() > said + 10:
-                said = time.monotonic()
-                print(f"{len(results)} of {len(lists[0])} files", file=sys.stderr)
+            if len(results) % 500 == 0:
+                print(f"{len(results)} of {len(members)} files", file=sys.stderr)
     return results
 
 
 def read_mask(path, by_value):
     """A mask's codes: the numbers that are stored (n,1), or colors with alpha (n,4), and where which one is (H,W)."""
     image = open_image(path, "L")
-    if by_value and image.mode not in VALUES:
+    if by_value and len(image.getbands()) > 1:
         raise InputError(f"mask {path} is a {image.mode} image; expected lines name,r,g,b for its colors")
     stored = np.array(image.convert("L" if image.mode == "1" else image.mode) if by_value else image.convert("RGBA"))
     if stored.dtype.kind == "f":
@@ -84,8 +80,7 @@ def read_mask(path, by_value):
 def text(code):
     """A code as classes.csv names it: its number, or r,g,b, and alpha where that is not 255."""
     numbers = code[:3] if code[3:] == (255,) else code
-    short = (int(one) if abs(one) < 1e15 and one == int(one) else float(one) for one in numbers)
-    return ",".join("nan" if one == NAN else str(one) for one in short)
+    return ",".join("nan" if one == NAN else str(float(one)).removesuffix(".0") for one in numbers)
 
 
 def distances(some, others):
@@ -202,7 +197,7 @@ def look(image, mask, by_value):
     them that complete a square of 2 x 2). Raises InputError."""
     upright = open_image(image, "RGB").size
     if mask is None:
-        return upright, False
+        return (upright,)
     with Image.open(image) as opened:
         stored, turned = opened.size, opened.getexif().get(0x0112, 1) != 1
     codes, where = read_mask(mask, by_value)
@@ -225,24 +220,22 @@ def palette_of(mask):
 
 def shrink(root, data, side):
     """Writes the folder ROOT-side, images whose longer side is that, with their masks. Returns it."""
-    target, part = root.with_name(f"{root.name}-{side}"), root.with_name(f"{root.name}-{side}.tmp")
+    target = root.with_name(f"{root.name}-{side}")
     if target.exists():
         raise InputError(f"{target} is there already; move it away first")
-    shutil.rmtree(part, ignore_errors=True)
 
     def copy(item):
         image, mask = read(item, data)
         image.thumbnail((side, side))
         name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(part / f"{name}.jpg", quality=95)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(target / f"{name}.jpg", quality=95)
         if item.mask:
-            save_mask(mask.resize(image.size, 0), part / f"{name.replace('images', 'masks', 1)}.png")  # 0: nearest
+            save_mask(mask.resize(image.size, 0), target / f"{name.replace('images', 'masks', 1)}.png")  # 0: nearest
 
     each(copy, data.labeled + data.unlabeled + data.val)  # what is broken was named before
-    for file in root.glob("*.txt"):  # the two lists
-        shutil.copy(file, part)
-    os.replace(part, target)
+    for file in root.glob("*.txt"):  # the two lists; last, for nothing trains without them
+        shutil.copy(file, target)
     return target
 
 
@@ -273,20 +266,20 @@ def main(args):
         kinds = [kind for kind in each(palette_of, masks) if not isinstance(kind, InputError)]
         modes, colors = {mode for mode, _ in kinds}, set().union(*(used for _, used in kinds))
         why = ", for their palettes differ" if len(colors) > len({index for index, *_ in colors}) else ""
-        by_value = modes <= {*VALUES} and not why
+        by_value = all(Image.getmodebands(mode) == 1 for mode in modes) and not why
 
-    looks = dict(zip(pairs, each(look, pairs, pairs.values(), [by_value] * len(pairs))))
-    broken = {image: str(look) for image, look in looks.items() if isinstance(look, InputError)}
-    for image, error in broken.items():
-        warn(error + "; training goes on without it" * (pairs[image] is None))
+    looks = dict(zip(pairs, each(lambda pair: look(*pair, by_value), pairs.items())))
+    broken = [image for image, seen in looks.items() if isinstance(seen, InputError)]
+    for image in broken:
+        warn(f"{looks[image]}{'' if pairs[image] else '; training goes on without it'}")
     if any(pairs[image] for image in broken):
         raise InputError(f"{len(broken)} files cannot be used, each is named above; replace or remove them")
-    sizes = [look[0] for image, look in looks.items() if image not in broken]
-    looks = {image: look[1:] for image, look in looks.items() if pairs[image]}
-    if turned := [image for image, look in looks.items() if look[0]]:
+    sizes = [seen[0] for image, seen in looks.items() if image not in broken]
+    looks = {image: seen for image, seen in looks.items() if pairs[image]}
+    if turned := [image for image, seen in looks.items() if seen[1]]:
         warn(f"{len(turned)} images are turned by an EXIF tag, first {turned[0]}; look whether their masks are, too")
 
-    _, *parts = zip(*looks.values())
+    _, _, *parts = zip(*looks.values())
     found, inverse = np.unique(np.concatenate(parts[0]), axis=0, return_inverse=True)
     pixels, solid = (np.bincount(inverse.ravel(), np.concatenate(part)) for part in parts[1:])
     codes, kept, reach = list(map(tuple, found.tolist())), carriers(found, pixels, solid), 0
@@ -307,7 +300,7 @@ def main(args):
             warn(held)
         unknown = [code for code in shown if distances([code], table).min() > reach]
         if unknown:
-            mask = next(pairs[image] for image, look in looks.items() if 0 in distances(unknown, look[1]))
+            mask = next(pairs[image] for image, seen in looks.items() if 0 in distances(unknown, seen[2]))
             held = f"mask {mask} holds {' and '.join(map(text, unknown[:5]))}, which {args.colors} does not"
             raise InputError(f"{held}; add lines for them, with the name ignore where they mean nothing")
     else:
@@ -326,8 +319,8 @@ def main(args):
     if not listed.is_file():
         listed.write_text("\n".join(names) + "\n", "utf-8")
     if len(places) == 1 and not val.is_file():
-        useful = {image for image, look in looks.items() if (classify(look[1], table, reach) != IGNORE).any()}
-        useful = [id for id, image in files(root / "images").items() if image in useful]
+        ids = {image: id for id, image in files(root / "images").items()}
+        useful = [ids[image] for image, seen in looks.items() if (classify(seen[2], table, reach) != IGNORE).any()]
         val.write_text("\n".join(useful[4::5] or useful[-1:]) + "\n", "utf-8")
 
     data = open_dataset("folder", root, "all", use=("labeled", "val"))

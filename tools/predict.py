@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as VF
@@ -25,9 +24,9 @@ from torchvision.transforms.v2 import functional as VF
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import READABLE, InputError, left_out, open_image, save_mask, suffix, walk  # noqa: E402
-from evaluate import Protocol, image_threshold, label_options, number, overlay, predict  # noqa: E402
+from evaluate import Protocol, image_threshold, label_options, last_line, number, overlay, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
-from model import load_checkpoint, load_network, start_processes  # noqa: E402
+from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, pseudo_labels  # noqa: E402
 
 LARGE = 1024  # pixels; images with a longer side are predicted in windows of that side, to fit into memory
@@ -36,8 +35,8 @@ LARGE = 1024  # pixels; images with a longer side are predicted in windows of th
 def name_images(place):
     """{name of its mask, without .png: image} of an image, or of a folder: where two names differ only in their suffix,
     the masks' names hold it."""
-    paths = [path for path in walk(place) if suffix(path) in READABLE] if place.is_dir() else [place]
-    below = place if place.is_dir() else place.parent
+    paths = [place] if place.is_file() else [path for path in walk(place) if suffix(path) in READABLE]
+    below = place.parent if place.is_file() else place
     names = {path: path.relative_to(below).with_suffix("").as_posix() for path in paths}
     twice = Counter(names.values())
     return {path.relative_to(below).as_posix() if twice[name] > 1 else name: path for path, name in names.items()}
@@ -63,12 +62,10 @@ def parse_args(argv=None):
     add("--confidence", action="store_true", help="also write the margin as gray images")
     add("--probabilities", action="store_true", help="also write every class's probability; large files")
     add("--shrink", type=number(int, 32), metavar="N", help="predict images as large as own_images.py --shrink N makes")
-    add("--eval-mode", choices=("original", "sliding"), help=f"default: original, sliding above {LARGE} pixels")
-    add("--crop", type=number(int, 1), help=f"side of the windows, pixels; default: {LARGE}, or as in the run")
+    add("--eval-mode", choices=("original", "sliding"), help=f"default: original, windows of {LARGE} pixels above")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
     add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
-    add("--student", action="store_true", help="the student instead of the teacher")
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     args = parser.parse_args(argv)
@@ -84,18 +81,17 @@ def main(args):
     """Writes the masks that are not there yet. Raises InputError for unreadable images, after all others are done."""
     folder, out = Path(args.images), Path(args.masks).resolve()
     paths, others = name_images(folder), left_out(walk(folder))
-    if not (paths and folder.exists()):
+    if not paths:
         held = others or f"--images {folder} holds no image"
         raise InputError(f"{held}; expected one, or a folder with images in it or below it")
-    if folder.is_dir() and out.is_relative_to(folder.resolve()):
+    if out.is_relative_to(folder.resolve()):
         raise InputError(f"--masks {args.masks} lies in --images {folder}, among what is predicted; use another folder")
     checkpoint = load_checkpoint(args.checkpoint)
     run, prior = checkpoint["args"], checkpoint.get("prior")
     rank, world, device = start_processes(args.device)
-    network = load_network(checkpoint, "student" if args.student else "teacher")
-    network = network.to(device, memory_format=torch.channels_last)
+    network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
     at_inference = refinement_options(run, prior) if args.refine else None
-    options, crop = label_options(run, prior), args.crop or (run["crop"] if args.eval_mode else LARGE)
+    options, crop = label_options(run, prior), run["crop"] if args.eval_mode else LARGE
 
     mine, failed = list(paths.items())[rank::world], 0
     missing = [(id, path) for id, path in mine if not os.path.exists(out / f"{id}.png")]
@@ -131,7 +127,7 @@ def main(args):
         try:
             problem = image if isinstance(image, str) else write(id, image)
         except (OSError, MemoryError, RuntimeError) as error:  # a name too long, a full disk, no memory for its size
-            problem = f"{path} has no mask: {str(error).splitlines()[0]}"
+            problem = f"{path} has no mask: {last_line(error)}"
         if problem:
             print(problem, file=sys.stderr)
             failed += 1
@@ -139,9 +135,7 @@ def main(args):
             print(f"{done} of {len(missing)} images", flush=True)
 
     counts = torch.tensor([len(missing) - failed, len(mine) - len(missing), failed], device=device)
-    if world > 1:
-        dist.all_reduce(counts)
-    written, kept, failed = counts.tolist()
+    written, kept, failed = all_reduce(counts).tolist()
     if rank != 0:
         return
     if others:

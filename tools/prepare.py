@@ -30,9 +30,9 @@ def missing_of_pascal(root, sbd):
         items = list_pascal(root, lists)
     except InputError:  # nothing is there yet
         return id_list(lists / "train.txt")
-    coarse = set() if sbd else set(id_list(lists / "train.txt")) - set(id_list(lists / "1464.txt"))
-    items = [item for item in items["train"] + items["val"] if item.mask or item.id not in coarse]
-    return [item.id for item in items if not (item.image and item.mask)]
+    fine = {*id_list(lists / "1464.txt"), *(item.id for item in items["val"])}
+    items = items["train"] + items["val"]
+    return [item.id for item in items if not (item.image and (item.mask or not sbd and item.id not in fine))]
 
 
 def pascal(args):
@@ -84,37 +84,31 @@ def check(args):
     """Reads every image and mask in use and prints what they hold. Raises InputError after naming what is wrong."""
     data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())  # all training images are unlabeled
     labeled = labeled_ids(args.dataset, data.unlabeled, args.labeled, Path(args.splits or SPLITS) / args.dataset)
-    parts = {
-        "labeled": [item for item in data.unlabeled if item.id in labeled],
-        "unlabeled": [item for item in data.unlabeled if item.id not in labeled],
-        "val": data.val,
-    } | ({"test": data.test} if data.test else {})
+    parts = {"labeled": [], "unlabeled": [], "val": data.val} | ({"test": data.test} if data.test else {})
+    for item in data.unlabeled:
+        parts["labeled" if item.id in labeled else "unlabeled"].append(item)
     sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
 
     def look(item):
-        """((width, height), pixels of the mask by class), or a sentence."""
-        if item.image is None:
-            return f"image {item.id} is missing"
+        """(size, pixels of the mask by class), or None after noting a problem."""
         try:
             image, mask = read(item, data)
         except InputError as error:
-            return str(error)
+            return problems.append(str(error))
         return image.size, np.array(mask.histogram()) * (item.mask is not None)
 
     for part, items in parts.items():
-        masks = sum(item.mask is not None for item in items)
-        print(f"{part}: {len(items)} images, {masks} masks{' (none needed)' * (part == 'unlabeled')}", flush=True)
+        images, masks = ([item for item in items if getattr(item, kind)] for kind in ("image", "mask"))
+        optional = " (none needed)" * (part == "unlabeled")
+        print(f"{part}: {len(items)} images, {len(masks)} masks{optional}", flush=True)
+        problems += [f"image {item.id} is missing" for item in items if not item.image]
+        problems += [f"mask of the {part} image {item.id} is missing" for item in items if not (item.mask or optional)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for item, found in zip(items, pool.map(look, items)):
-                if isinstance(found, str):
-                    problems.append(found)
-                else:
-                    sizes[found[0]] += 1
-                    pixels += found[1]
-                if item.mask is None and part != "unlabeled":
-                    problems.append(f"mask of the {part} image {item.id} is missing")
+            for size, histogram in filter(None, pool.map(look, images)):
+                sizes[size] += 1
+                pixels += histogram
     common = [f"{width} x {height} ({count})" for (width, height), count in sizes.most_common(4)]
-    print(f"sizes: {', '.join(common)}{f', and {len(sizes) - 4} more' if len(sizes) > 4 else ''}")
+    print(f"sizes: {', '.join(common)}{f', and {len(sizes) - 4} more' * (len(sizes) > 4)}")
     for value in np.flatnonzero(pixels):
         name = "ignored" if value == IGNORE else data.classes[value]
         print(f"{value:4} {name:20} {pixels[value] / pixels.sum():7.2%} of the mask pixels")

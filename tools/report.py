@@ -20,19 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import IGNORE, InputError, evaluation_loader, open_dataset  # noqa: E402
-from evaluate import Protocol, image_threshold, near_contour, number, predict  # noqa: E402
-from evaluate import refinement_options, run_script  # noqa: E402
+from evaluate import Protocol, image_threshold, near_contour, predict, refinement_options, run_script  # noqa: E402
 from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, refine  # noqa: E402
 
 COVERAGES = (20, 40, 60, 80, 90)  # percent
 BINS = 2**15  # of uncertainty, by the upper bits of the float: 1/256 wide, relatively, so that margins of 0.9999 differ
-
-
-def uncertainty(conf, kind, num_classes):
-    """Confidence turned round, 0 (sure) to 1: one minus margin or maximum, or entropy by its largest value."""
-    # Refined probabilities need not sum to 1, so their entropy may lie outside its range; abs is for -0.0.
-    return (-conf / math.log(num_classes) if kind == "entropy" else 1 - conf).clamp(0, 1).abs()
 
 
 @torch.no_grad()
@@ -52,7 +45,9 @@ def count_labels(network, data, items, device, run, prior, rank=0, world=1):
             right, keep = label == truth, conf > threshold
             place = (label * 2 + keep) * 2 + right
             labels[i] += torch.bincount(place[known], minlength=labels.shape[1])
-            place = (near * 2 + right) * BINS + (uncertainty(conf, kind, classes).view(torch.int32) >> 15)
+            # Refined probabilities need not sum to 1, so their entropy may lie outside its range; abs is for -0.0.
+            uncertainty = (-conf / math.log(classes) if kind == "entropy" else 1 - conf).clamp(0, 1).abs()
+            place = (near * 2 + right) * BINS + (uncertainty.view(torch.int32) >> 15)
             bins[i] += torch.bincount(place[known], minlength=bins.shape[1])
     labels, bins = (all_reduce(counts).cpu().numpy() for counts in (labels, bins))
     return labels.reshape(2, classes, 2, 2), bins.reshape(2, 2, 2, BINS)
@@ -153,7 +148,6 @@ def parse_args(argv=None):
     add("--figures", metavar="DIR", help="also draw Figs. 4, 5 and 6 there; needs matplotlib")
     add("--json", metavar="FILE", help="also write the numbers there, 0..1")
     add("--root", help="folder of the dataset; default: the one of the run")
-    add("--limit", type=number(int, 1), help="only so many images, evenly spaced; default: all")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     return parser.parse_args(argv)
 
@@ -175,8 +169,6 @@ def main(args):
     items = [item for item in data.unlabeled if item.mask]
     if not items:
         raise InputError(f"no unlabeled image of {data.name} under {root} has a mask; expected some, to compare with")
-    if args.limit and args.limit < len(items):
-        items = [items[i * len(items) // args.limit] for i in range(args.limit)]
     rank, world, device = start_processes(args.device)
     network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
     labels, bins = count_labels(network, data, items, device, run, checkpoint.get("prior"), rank, world)
