@@ -43,7 +43,9 @@ SIZES = {  # of runs on photographs [ours]; the GPU's are untuned
     "cpu": dict(crop=128, backbone="mobilenet_v2", iters=2000, batch_size=4, workers=1),
     "cuda": dict(crop=321, backbone="resnet50", iters=6000, batch_size=8, workers=8),
 }
+PAPER = dict(framework="fixmatch", unsup_norm="kept", floor=0.0)  # where a preset says nothing
 PHOTOGRAPHS = dict(  # [ours]
+    framework="unimatch", unsup_norm="valid", floor=0.95,  # keeps rare classes, docs/results.md
     weights="pretrained", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
     eval_mode="original",
 )  # fmt: skip
@@ -504,8 +506,10 @@ def not_finite(what, out):
 
 def fill_presets(args, device):
     """Options left out take the dataset's preset; the command line beats it."""
-    preset = PRESETS[args.dataset] if "crop" in PRESETS[args.dataset] else PRESETS[args.dataset] | SIZES[device.type]
+    sizes = {} if "crop" in PRESETS[args.dataset] else SIZES[device.type]
+    preset = PAPER | sizes | PRESETS[args.dataset]
     preset |= DINOV2 if (args.backbone or "").startswith("dinov2") else {}
+    preset |= {"floor": 0.0} if args.confidence == "entropy" else {}  # which is never above 0
     for pair in ({"epochs", "iters"}, {"warmup_epochs", "warmup_iters"}):
         if any(getattr(args, name) is not None for name in pair):
             preset = {name: value for name, value in preset.items() if name not in pair}
@@ -540,8 +544,8 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0), help="data-loading workers of each process [preset]")
 
     add = parser.add_argument_group("method").add_argument
-    add("--framework", choices=STRONG_VIEWS, default="fixmatch", help="strong view: CutMix [paper: cutmixseg]; colors "
-        "too [FixMatch], the default; two of these, and complementary dropout [UniMatch V2]; supervised: only labels")
+    add("--framework", choices=STRONG_VIEWS, help="strong view: CutMix [paper: cutmixseg]; colors too [FixMatch]; two "
+        "of these, and complementary dropout [UniMatch V2]; supervised: only labels [preset, else fixmatch]")
     add("--refinement", action=switch, default=True, help="Eqs. 7-10, on by default; without: the baseline [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, default 3 [paper]; cross: the four beside the pixel [authors' code]")
@@ -555,11 +559,11 @@ def parse_args(argv=None):
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; 0.4 [paper]")
     add("--threshold", type=float, help="fixed, in place of Eq. 6: 0.95 with --confidence max [FixMatch]; refined, it "
         "acts like 0.89 where neighbors agree")
-    add("--floor", type=float, default=0.0, help="Eq. 6's threshold is never below it [ours], default 0: none [paper]")
+    add("--floor", type=float, help="Eq. 6's threshold is never below it [ours]; 0: none [preset, else 0: paper]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1, default 1 [ours]")
-    add("--unsup-norm", choices=("kept", "valid", "authors"), default="kept", help="divides the sum over the kept "
-        "pixels: by their number, few weigh as much as many, the default [paper, Eq. 3]; by all valid pixels, few "
-        "weigh little [FixMatch]; by kept^2 / valid, few weigh more than many [authors' code]")
+    add("--unsup-norm", choices=("kept", "valid", "authors"), help="divides the sum over the kept pixels: by their "
+        "number, few weigh as much as many [paper, Eq. 3]; by all valid pixels, few weigh little [FixMatch]; by "
+        "kept^2 / valid, few weigh more than many [authors' code] [preset, else kept]")
     add("--ema", type=share, default=0.99, help="tau of the teacher, Sec. 4.1, default 0.99 [paper]; in the warm-up it "
         "is a copy of the student [authors' code]")
     add("--cutmix", type=share, default=0.5, help="probability of CutMix, default 0.5 [paper], for each image [ours]")

@@ -184,7 +184,7 @@ def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_comman
     assert said[1:-1] == [f"{c:4} class {c}              {share}" for c, share in enumerate(shares)]
     assert (words := shlex.split(said[-1]))[:2] == ["python", "train.py"]
     args = T.parse_args(words[2:])
-    assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, "fixmatch")
+    assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, None)
     data = open_dataset(args.dataset, args.root, "all")
     assert [item.id for item in data.labeled] == sorted({*useful, "photo 4"} - {*useful[4::5]})
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]

@@ -28,7 +28,10 @@ from model import DeepLabV3Plus
 from refine import pseudo_labels
 
 FRAMEWORKS = ["supervised", "cutmixseg", "fixmatch", "unimatch"]
-TINY = "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0"
+TINY = (
+    "--dataset camvid --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --warmup-iters 0 "
+    "--framework fixmatch --unsup-norm kept --floor 0"
+)
 SGD = "--optimizer sgd --lr 0.02 --head-lr 0.02 --weight-decay 0"
 
 
@@ -124,7 +127,8 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
     for step in range(steps):
         numbers = range(step * batch, (step + 1) * batch)
-        x, y, *more = (torch.stack([torch.as_tensor(views[number][name]) for number in numbers]) for name in views[0])
+        names = [name for name in views[0] if name != "broken"]
+        x, y, *more = (torch.stack([views[number][name] for number in numbers]) for name in names)
         rng = generator(seed, "step", step, 0)
         torch.manual_seed(int(rng.integers(2**63)))
         for group, base in zip(optimizer.param_groups, (0.02, 0.01)):
@@ -132,7 +136,7 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
         if framework == "supervised" or step < warmup:
             loss = mean_over_labeled(student(normalize(x)), y)
         else:
-            weak, _, valid, _ = more
+            weak, _, valid = more
             with torch.no_grad():
                 prob = teacher(normalize(weak)).softmax(1)
             label = pseudo_labels(prob, 0.4 * (1 - step / steps), valid=valid).label
@@ -519,6 +523,7 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
         cutmix=0.5, ema=0.99, alpha0=0.4, neighborhood=3, neighbors=1, select="max", confidence="margin", prior=False,
         backbone="resnet101", threshold=None, refinement=True, distance_weight=True, sup_loss="ce", unsup_norm="kept",
         dilation=1, lambda_u=1.0, warmup_epochs=1, iters=None, warmup_iters=None, floor=0.0, eval_mode="original",
+        framework="fixmatch",
     )  # fmt: skip
     assert paper.items() <= vars(resolved("--dataset pascal")).items()
     paper |= dict(crop=769, batch_size=2, lr=0.01, head_lr=0.01, weight_decay=5e-4, eval_mode="sliding")
@@ -526,6 +531,9 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     assert paper.items() <= vars(resolved("--dataset cityscapes")).items()
     args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
     assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
+    ours = dict(framework="unimatch", unsup_norm="valid", floor=0.95, iters=2000, crop=128, backbone="mobilenet_v2")
+    assert ours.items() <= vars(resolved("--dataset folder", "cpu")).items()
+    assert resolved("--dataset camvid --confidence entropy").floor == 0
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
     assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
     assert (args.weights, args.output_stride, args.crop) == ("pretrained", 16, 513)

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def warn(sentence):
 
 
 def each(function, members):
-    """The results of a function for the members, or the InputErrors that it raised; by several threads."""
+    """The results of a function for the members, or the InputErrors that it raised; by several threads.
+    Says every ten seconds how far it is."""
 
     def result(member):
         try:
@@ -52,11 +54,12 @@ def each(function, members):
         except InputError as error:
             return error
 
-    results = []
+    results, said = [], time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for one in pool.map(result, members):
             results.append(one)
-            if len(results) % 500 == 0:
+            if time.monotonic() > said + 10:
+                said = time.monotonic()
                 print(f"{len(results)} of {len(members)} files", file=sys.stderr)
     return results
 
@@ -220,22 +223,24 @@ def palette_of(mask):
 
 def shrink(root, data, side):
     """Writes the folder ROOT-side, images whose longer side is that, with their masks. Returns it."""
-    target = root.with_name(f"{root.name}-{side}")
+    target, part = root.with_name(f"{root.name}-{side}"), root.with_name(f"{root.name}-{side}.tmp")
     if target.exists():
         raise InputError(f"{target} is there already; move it away first")
+    shutil.rmtree(part, ignore_errors=True)
 
     def copy(item):
         image, mask = read(item, data)
         image.thumbnail((side, side))
         name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(target / f"{name}.jpg", quality=95)
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(part / f"{name}.jpg", quality=95)
         if item.mask:
-            save_mask(mask.resize(image.size, 0), target / f"{name.replace('images', 'masks', 1)}.png")  # 0: nearest
+            save_mask(mask.resize(image.size, 0), part / f"{name.replace('images', 'masks', 1)}.png")  # 0: nearest
 
     each(copy, data.labeled + data.unlabeled + data.val)  # what is broken was named before
-    for file in root.glob("*.txt"):  # the two lists; last, for nothing trains without them
-        shutil.copy(file, target)
+    for file in root.glob("*.txt"):  # the two lists
+        shutil.copy(file, part)
+    os.replace(part, target)
     return target
 
 
