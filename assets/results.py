@@ -16,6 +16,7 @@ from statistics import mean, stdev
 ASSETS = Path(__file__).resolve().parent
 PAGES = (ASSETS.parent / "docs" / "results.md", ASSETS.parent / "README.md")
 FIXED = "--no-refinement --confidence max --unsup-norm valid --threshold"
+VARIANT = "--framework unimatch --unsup-norm valid --floor"
 METHODS = {  # in the order of the tables: title, options of train.py; others may have logs, and come after these
     "supervised": ("labels alone, equal steps", "--framework supervised"),
     "fixmatch": ("FixMatch", f"{FIXED} 0.95"),
@@ -24,10 +25,9 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
     "s4mc-cutmixseg": ("S4MC + CutMix-Seg", "--framework cutmixseg"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "two-streams": ("two streams, FixMatch's threshold", f"--framework unimatch {FIXED} 0.95"),
-    "variant": (
-        "S4MC, two streams, `--unsup-norm valid --floor 0.9` [ours]",
-        "--framework unimatch --unsup-norm valid --floor 0.9",
-    ),
+    "variant": ("S4MC, two streams, `--unsup-norm valid --floor 0.95` [ours]", f"{VARIANT} 0.95"),
+    "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
+    "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
     "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
