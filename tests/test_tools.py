@@ -395,7 +395,7 @@ def run(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("run")
     root = trees.folder(tmp_path / "data", images=6, annotated=6)
     options = "--dataset folder --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --iters 2"
-    options += " --device cpu --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01 --head-lr 0.01"
+    options += " --framework fixmatch --floor 0 --device cpu --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01 --head-lr 0.01"
     with pytest.MonkeyPatch.context() as patch:  # pytest keeps its signal handlers
         patch.setattr(signal, "signal", lambda *_: None)
         T.main(T.parse_args([*options.split(), "--root", str(root), "--out", str(tmp_path / "run")]))
@@ -515,11 +515,12 @@ def test_two_processes_predict_what_one_does(tmp_path, run, new):
 @pytest.mark.parametrize("kind", ["margin", "max", "entropy"])
 def test_the_report_counts_what_plain_loops_count_and_prints_a_row_each(tmp_path, run, capsys, kind):
     saved, checkpoint, file = load_checkpoint(run / "last.pth"), tmp_path / "other.pth", tmp_path / "json" / "one.json"
-    args, classes = saved["args"] | {"confidence": kind}, saved["classes"]
+    args, classes = saved["args"] | {"confidence": kind, "floor": 0.01 * (kind == "max")}, saved["classes"]
     torch.save(saved | {"args": args}, checkpoint)
     call(report, checkpoint, "--json", file, "--device", "cpu")
     said, summary = capsys.readouterr().out, json.loads(file.read_text())
-    assert f"{checkpoint}, step 2: 4 unlabeled images of folder, threshold: the 40% quantile of each" in said
+    says = f"{checkpoint}, step 2: 4 unlabeled images of folder, threshold: the 40% quantile of each image"
+    assert f"{says}{', at least 0.01' * (kind == 'max')}\n" in said
     for row in (*classes, "together", "20%", "90%", "area"):
         assert sum(line.startswith(f"{row} ") for line in said.splitlines()) == 1
     data, found = open_dataset("folder", args["root"], saved["labeled"], use=("unlabeled",)), {"raw": [], "refined": []}

@@ -176,7 +176,9 @@ def main(args):
         return
     report = summarize(labels, bins, data.classes)
     about = {"checkpoint": str(path), "step": checkpoint["step"], "dataset": data.name, "images": len(items)}
-    threshold = run["threshold"] if run["threshold"] is not None else f"the {run['alpha0']:.0%} quantile of each image"
+    floor = f", at least {run['floor']}" if run.get("floor") else ""
+    quantile = f"the {run['alpha0']:.0%} quantile of each image{floor}"
+    threshold = quantile if run["threshold"] is None else run["threshold"]
     print(f"{path}, step {checkpoint['step']}: {len(items)} unlabeled images of {data.name}, threshold: {threshold}")
     print(table(report))
     if args.json:
