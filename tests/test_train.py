@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
-from trees import camvid, truncate
+from trees import camvid, refused, truncate
 
 import model as M
 import train as T
@@ -33,6 +33,7 @@ TINY = (
     "--framework fixmatch --unsup-norm kept --floor 0"
 )
 SGD = "--optimizer sgd --lr 0.02 --head-lr 0.02 --weight-decay 0"
+FOUR_STEPS = f"--iters 4 --eval-every 1 --power 0 {SGD}"
 
 
 class Small(nn.Module):
@@ -80,7 +81,7 @@ def run(tmp_path, root, monkeypatch):
 @pytest.fixture
 def finished(run, tmp_path):
     """The folder of a run of four steps."""
-    run(f"--iters 4 --log-every 1 --eval-every 1 {SGD}", out="finished")
+    run(f"{FOUR_STEPS} --log-every 1", out="finished")
     return tmp_path / "finished"
 
 
@@ -171,7 +172,7 @@ def test_sixteen_steps_equal_a_plain_loop_bit_for_bit(run, root, framework):
 
 
 def test_options_change_the_losses_as_they_say(run, tmp_path, monkeypatch):
-    """Divisors of the unlabeled loss, hard labeled pixels only, a floor of the threshold; all from the same weights."""
+    """Divisors of the unlabeled loss, only hard labeled pixels, a floor of the threshold, bfloat16; same weights."""
     mine = T.ohem
     monkeypatch.setattr(T, "ohem", lambda logits, label: mine(logits, label, sure=0, per_image=50))
 
@@ -188,6 +189,7 @@ def test_options_change_the_losses_as_they_say(run, tmp_path, monkeypatch):
     assert hard["loss_u"] == kept["loss_u"] and hard["loss_x"] > 1.05 * kept["loss_x"]
     low, high = first("--confidence max"), first("--confidence max --floor 0.5")
     assert low["threshold"] < 0.4 and high["threshold"] == 0.5 and high["kept_raw"] < low["kept_raw"]
+    assert first("--amp")["loss_x"] != kept["loss_x"]
 
 
 def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
@@ -200,19 +202,6 @@ def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
         prob = logits.softmax(1).gather(1, own)[:, 0].where(label != 255, torch.inf)
         limit = max(0.7, prob.flatten().sort().values[: 2 * per_image][-1])
         assert torch.equal(T.ohem(logits, label, per_image=per_image), label.where(prob <= limit, 255))
-
-
-def test_strong_views_are_made_in_float32_and_before_the_step_is_seeded(run, monkeypatch):
-    options = "--iters 2 --framework unimatch"  # whose dropout of channels follows the seed
-
-    def careless(*args):
-        assert not torch.is_autocast_enabled("cpu")
-        torch.manual_seed(0)  # as an augmentation may that draws from PyTorch's generator
-        return strong_views(*args)
-
-    plain, amp = run(options, out="plain"), run(f"{options} --amp", out="amp")
-    monkeypatch.setattr(T, "strong_views", careless)
-    assert equal(run(f"{options} --amp", out="careless"), amp) and not equal(amp, plain)
 
 
 def test_without_a_labeled_pixel_loss_and_gradient_are_zero():
@@ -281,8 +270,7 @@ def test_a_broken_photograph_is_named_replaced_and_counted_and_many_end_the_run(
     assert one == two and [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
     truncate(*(data.unlabeled[sampled(40, 0, "order_u", number)].image for number in (0, 1)))
     says = "3 of 40 unlabeled images could not be read, each is named above; replace or remove them, then use --resume"
-    with pytest.raises(InputError, match=says):
-        run(f"--root {root} --labeled 4 --iters 4 --log-every 2", out="three")
+    refused(says, run, f"--root {root} --labeled 4 --iters 4 --log-every 2", out="three")
     assert capsys.readouterr().err.count("could not be read (image file is truncated)") == 3
 
 
@@ -335,70 +323,65 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(run, tmp_path, monke
     assert [line["step"] for line in lines(out, "val")] == [2, 4, 6]
 
 
-def test_a_lower_learning_rate_holds_from_the_resumed_step_and_lost_photographs_are_remembered(run, tmp_path, capsys):
-    (tmp_path / "two.txt").write_text("train0\ntrain3\n")
-    options = f"--root {camvid(tmp_path / 'camvid')} --labeled {tmp_path / 'two.txt'} --iters 4 --log-every 1 --power 0"
-    terminated(run, f"{options} {SGD}", 1)
-    (tmp_path / "camvid" / "train" / "train1.png").unlink()
-    assert len(run(f"{options} {SGD} --lr 0.005 --resume")["unlabeled"]) == 4  # so that it continues once more
-    assert "--resume: 1 unlabeled images fewer, lr was 0.02 and is 0.005\n" in capsys.readouterr().err
-    args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert [line["lr"] for line in lines(tmp_path / "run")] == [0.02, 0.02, 0.005, 0.005] and args["lr"] == 0.005
-
-
 def found(out, root, options="", world=1):
     """(arguments, what find_checkpoint finds) for the run in `out`, continued with other options."""
-    args = resolved(f"{TINY} --iters 4 --eval-every 1 {SGD} --root {root} --out {out} --resume {options}", "cpu")
+    args = resolved(f"{TINY} {FOUR_STEPS} --root {root} --out {out} --resume {options}", "cpu")
     data = open_dataset("camvid", args.root, args.labeled)
     T.epochs_to_steps(args, data, world, torch.device("cpu"))
     return args, T.find_checkpoint(args, data, 0)
 
 
-def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(finished, root, tmp_path, capsys):
+def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(run, root, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("train3\ntrain0\n")
+    mine, moved, out = f"--labeled {tmp_path / 'two.txt'}", camvid(tmp_path / "moved"), tmp_path / "run"
+    terminated(run, f"{FOUR_STEPS} --log-every 1", 1)
     capsys.readouterr()
-    mine, moved = f"--labeled {tmp_path / 'two.txt'}", camvid(tmp_path / "moved")
     for where, options, world in ((root, "", 1), (root, "--batch-size 1", 2), (root, mine, 1), (moved, "", 1)):
-        assert found(finished, where, options, world)[1]["step"] == 4 and capsys.readouterr().err == ""
-    assert found(finished, root, "--lr 0.01 --head-lr 0.001")[1]["step"] == 4
-    said = capsys.readouterr().err
-    assert "lr was 0.02 and is 0.01" in said and "head_lr was 0.02 and is 0.001" in said
+        assert found(out, where, options, world)[1]["step"] == 2 and capsys.readouterr().err == ""
     for number in (1, 5):
         (moved / "train" / f"train{number}.png").unlink()
-    args, checkpoint = found(finished, moved, mine)
-    assert checkpoint["step"] == 4 and capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
+    args = found(out, moved, mine)[0]
     assert (args.steps_per_epoch, args.eval_steps) == (2, 2)  # as they were, for two images less are one step
+    assert capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
+    saved = run(f"{FOUR_STEPS} --log-every 1 --root {moved} {mine} --lr 0.005 --head-lr 0.01 --resume")
+    said = capsys.readouterr().err
+    assert " lr was 0.02 and is 0.005" in said and "head_lr was 0.02 and is 0.01" in said
+    assert [line["lr"] for line in lines(out)] == [0.02, 0.02, 0.005, 0.005]
+    assert [group["lr"] for group in saved["optimizer"]["param_groups"]] == [0.005, 0.01]
+    assert json.loads((out / "args.json").read_text())["lr"] == 0.005
+    assert len(saved["unlabeled"]) == 4  # so that it continues once more
 
 
-@pytest.mark.parametrize("options, world, says", [
-    ("--alpha0 0.2 --seed 1", 1, "alpha0 was 0.4 and is 0.2, seed was 0 and is 1"),
-    ("--iters 5", 1, "iters was 4 and is 5"), ("--lr 0.03", 1, "lr was 0.02 and is 0.03"),
-    ("", 2, "batch size x processes was 2 and is 4, .*"),
-    ("--labeled others.txt", 1, "the labeled images are others, the unlabeled images are others"),
-    ("--root renamed", 1, "the unlabeled images are others"), ("--root more", 1, ".*the unlabeled images are others"),
-])  # fmt: skip
-def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch, options, world, says):
+def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text("train0\ntrain3\n")
     Path("others.txt").write_text("train1\ntrain2\n")
     renamed = camvid(tmp_path / "renamed") / "train" / "train5.png"
     renamed.rename(renamed.with_name("train6.png"))
     camvid(tmp_path / "more", train=7)
-    Path("two.txt").write_text("train0\ntrain3\n")
-    with pytest.raises(InputError, match=f"--resume: .*finished is another run, {says}; use another --out"):
-        found(finished, root, f"--labeled two.txt {options}", world)
+    for options, world, says in (
+        ("--alpha0 0.2 --seed 1", 1, "alpha0 was 0.4 and is 0.2, seed was 0 and is 1"),
+        ("--iters 5", 1, "iters was 4 and is 5"),
+        ("--lr 0.03", 1, "lr was 0.02 and is 0.03"),
+        ("", 2, "batch size x processes was 2 and is 4, .*"),
+        ("--labeled others.txt", 1, "the labeled images are others, the unlabeled images are others"),
+        ("--root renamed", 1, "the unlabeled images are others"),
+        ("--root more", 1, ".*the unlabeled images are others"),
+    ):
+        says = f"--resume: .*finished is another run, {says}; use another --out"
+        refused(says, found, finished, root, f"--labeled two.txt {options}", world)
 
 
 def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, finished, monkeypatch, capsys):
     before, loaded = (finished / "last.pth").read_bytes(), []
-    options = f"--iters 4 --eval-every 1 {SGD} --out {finished} --weights gone.pth"
-    with pytest.raises(InputError, match="finished already holds a run; continue it with --resume, or choose another"):
-        run(options)
+    options = f"{FOUR_STEPS} --out {finished} --weights gone.pth"
+    refused("finished already holds a run; continue it with --resume, or choose another", run, options)
     run(f"{options} --log-every 7 --resume", finished, lambda *args: loaded.append(args[3]) or Small(*args))
     assert f"nothing to do: {finished / 'last.pth'} is at step 4 of 4" in capsys.readouterr().out
     assert (finished / "last.pth").read_bytes() == before and len(lines(finished)) == 4 and loaded == ["none"]
     monkeypatch.setattr(T, "all_reduce", lambda steps, *_: steps.clamp(min=0))  # as beside a process without it
-    with pytest.raises(InputError, match="--resume: the processes find different checkpoints in .*; use a shared"):
-        run(f"{options} --resume", finished)
+    says = "--resume: the processes find different checkpoints in .*; use a shared"
+    refused(says, run, f"{options} --resume", finished)
 
 
 def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, monkeypatch):
@@ -423,8 +406,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path,
 
     for module, name, file in ((M.os, "fsync", "run/best.pth"), (T.fcntl, "lockf", "run")):  # a late and an early write
         monkeypatch.setattr(module, name, refuse)
-        with pytest.raises(InputError, match=rf"/{file} could not be written .*\): {says}, then use --resume"):
-            run("--iters 1 --resume")
+        refused(rf"/{file} could not be written .*\): {says}, then use --resume", run, "--iters 1 --resume")
 
 
 def test_a_run_goes_on_without_a_compiler_locks_of_files_or_a_panel_and_says_so(run, monkeypatch, capsys):
@@ -441,8 +423,8 @@ def test_a_run_goes_on_without_a_compiler_locks_of_files_or_a_panel_and_says_so(
 @pytest.mark.parametrize("step, says", [(2, "the loss is (nan|inf) .* 3 and 4"), (3, "weights .* after step 4")])
 def test_a_loss_or_weights_that_are_not_finite_reach_no_checkpoint(run, tmp_path, monkeypatch, step, says):
     monkeypatch.setattr(T, "learning_rate", lambda now, *_: 0.001 if now < step else math.inf)
-    with pytest.raises(InputError, match=f"{says}; .*last.pth is the last good checkpoint; lower --lr and"):
-        run(f"--iters 8 --eval-every 1 {SGD}", network=DeepLabV3Plus)
+    says += "; .*last.pth is the last good checkpoint; lower --lr and"
+    refused(says, run, f"--iters 8 --eval-every 1 {SGD}", network=DeepLabV3Plus)
     saved = last(tmp_path / "run")
     values = [*saved["student"].values(), *saved["teacher"].values()]
     assert saved["step"] == 2 and all(value.isfinite().all() for value in values)
@@ -465,12 +447,10 @@ def test_memory_and_open_files_stay_as_they_are_over_hundreds_of_steps(run, monk
 
 def test_what_is_in_the_environment_of_processes_is_said_and_a_gpu_shown_alone_is_taken(monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "2"})
-    with pytest.raises(InputError, match="WORLD_SIZE=2 is in the environment, RANK, MASTER_ADDR, MASTER_PORT not; st"):
-        M.start_processes("cpu")
+    refused("WORLD_SIZE=2 is in the environment, RANK, MASTER_ADDR, MASTER_PORT not; st", M.start_processes, "cpu")
     monkeypatch.setattr(M, "WAIT", 1)
     monkeypatch.setattr(os, "environ", dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"))
-    with pytest.raises(InputError, match="2 processes did not meet in 1 s; start all, or unset WORLD_SIZE"):
-        M.start_processes("cpu")
+    refused("2 processes did not meet in 1 s; start all, or unset WORLD_SIZE", M.start_processes, "cpu")
     assert "waits up to 1 s for 2 processes, as the environment says: RANK=0, WORLD_SIZE=2" in capsys.readouterr().err
     chosen = []
     for name, function in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", chosen.append)):
@@ -508,12 +488,12 @@ def test_epochs_become_steps(options, images, expected):
 
 
 def test_lengths_that_cannot_train_are_refused():
-    with pytest.raises(InputError, match="the warm-up of 9 steps leaves no step of 9 for unlabeled images; lower --w"):
-        lengths("--iters 9 --warmup-iters 9", 4, 4)
-    lengths("--iters 9 --warmup-iters 9 --framework supervised", 4, 0)
+    says, options = "the warm-up of 9 steps leaves no step of 9 for unlabeled", "--iters 9 --warmup-iters 9"
+    refused(f"{says} images; lower --warmup-iters", lengths, options, 4, 4)
+    lengths(f"{options} --framework supervised", 4, 0)
     for options, world, device in (("--framework supervised", 1, "cuda"), ("--warmup-iters 1", 2, "cpu")):
-        with pytest.raises(InputError, match="--batch-size 1 leaves BatchNorm a single value in a batch"):
-            lengths(f"--batch-size 1 {options}", 4, 4, world, device)
+        says = "--batch-size 1 leaves BatchNorm a single value in a batch"
+        refused(says, lengths, f"--batch-size 1 {options}", 4, 4, world, device)
         lengths(f"--batch-size 1 {options}", 4, 4, world=2)  # which GPUs share
 
 

@@ -1,11 +1,12 @@
-"""Tiny trees of files in the layouts of the datasets, each function returns the root; a counter of operations."""
+"""Tiny trees of files in the layouts of the datasets, each function returns the root; what else several tests use."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data import palette, save_mask
+from data import InputError, palette, save_mask
 
 
 def camvid(root, train=6, val=3, size=(64, 48), test=0):
@@ -105,3 +106,9 @@ def truncate(*paths):
     """Cuts files in half, as an interrupted copy leaves them."""
     for path in paths:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def refused(says, function, *args, **options):
+    """Fails unless the function refuses such arguments in a sentence that matches."""
+    with pytest.raises(InputError, match=says):
+        function(*args, **options)
