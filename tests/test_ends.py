@@ -38,13 +38,12 @@ class Script:
             self.process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, start_new_session=True)
 
     def alive(self):
-        """Their ids, by what they inherit: loader workers leave the group, torchrun's processes the session."""
-        found = []
+        """{id: environment}, which they inherit: loader workers leave the group, torchrun's processes the session."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it has just ended, or is another user's
-                if self.mark.encode() in (folder / "environ").read_bytes():  # a zombie has none
-                    found.append(int(folder.name))
-        return found
+                found[int(folder.name)] = (folder / "environ").read_bytes()  # a zombie has none
+        return {pid: environment for pid, environment in found.items() if self.mark.encode() in environment}
 
     def reads(self, folder):
         """Whether one of them has a file below the folder open."""
@@ -64,9 +63,8 @@ class Script:
 
     def ranks(self):
         """The process of each rank."""
-        pids = sorted(self.alive(), reverse=True)  # a loader worker, whose id is higher, inherits the variable
-        ranks = {pid: re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes()) for pid in pids}
-        return {int(rank[1]): pid for pid, rank in ranks.items() if rank}
+        processes = sorted(self.alive().items(), reverse=True)  # loader workers, which inherit it, have higher ids
+        return {int(rank): pid for pid, said in processes for rank in re.findall(rb"\0RANK=(\d+)", said)}
 
     def kill(self):
         for pid in self.alive():
@@ -182,13 +180,6 @@ def photographs(tmp_path_factory):
         for i in range(1, 400):
             os.link(root / folder / "val0.png", root / folder / f"val{i}.png")
     return root
-
-
-def test_an_evaluation_names_a_truncated_image_and_ends(tmp_path, start, checkpoint):
-    val = camvid(tmp_path / "camvid") / "val"
-    truncate(val / "val1.png")
-    code, said = start("evaluate.py", f"{checkpoint} --root {tmp_path / 'camvid'} --workers 1 --device cpu").end(120)
-    assert code == 1 and len(said) == 1 and f"evaluate.py: {val / 'val1'}{UNREADABLE}" in said[0], said
 
 
 @pytest.mark.parametrize("tool, workers", first_fast(("evaluate.py", 2), ("evaluate.py", 0), ("tools/predict.py", 2)))

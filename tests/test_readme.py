@@ -105,16 +105,14 @@ def test_every_command_runs(little_world, page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part, says", [
-    ("step", r"S4MC, strong views of FixMatch +\d+\.\d+ ms .* x authors' order"),
-    ("evaluation", r"confusion matrix +\d+\.\d+ ms .* x histograms on the host"),
-])  # fmt: skip
-def test_the_benchmark_prints_its_tables(monkeypatch, capsys, part, says):
+def test_the_benchmark_prints_its_tables(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ROUNDS", 1)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes
     monkeypatch.setitem(benchmark.POINTS, "cpu", [{"batch": 2, "crop": 64, "classes": 3}])
-    benchmark.main(["--only", part, "--device", "cpu", "--backbone", "resnet10"])
-    assert re.search(says, capsys.readouterr().out)
+    for part, says in (("step", r"S4MC, strong views of FixMatch +\d+\.\d+ ms .* x authors' order"),
+                       ("evaluation", r"confusion matrix +\d+\.\d+ ms .* x histograms on the host")):  # fmt: skip
+        benchmark.main(["--only", part, "--device", "cpu", "--backbone", "resnet10"])
+        assert re.search(says, capsys.readouterr().out)
 
 
 LINES = {  # code for other loops, and the name of its loss

@@ -23,7 +23,7 @@ from trees import camvid, refused, truncate
 
 import model as M
 import train as T
-from data import InputError, TrainingViews, cutmix, generator, normalize, open_dataset, sampled, strong_views
+from data import InputError, cutmix, generator, normalize, open_dataset, sampled, strong_views, training_loader
 from model import DeepLabV3Plus
 from refine import pseudo_labels
 
@@ -33,7 +33,7 @@ TINY = (
     "--framework fixmatch --unsup-norm kept --floor 0"
 )
 SGD = "--optimizer sgd --lr 0.02 --head-lr 0.02 --weight-decay 0"
-FOUR_STEPS = f"--iters 4 --eval-every 1 --power 0 {SGD}"
+FOUR_STEPS = f"--iters 4 --log-every 1 --eval-every 1 --power 0 {SGD}"
 
 
 class Small(nn.Module):
@@ -78,13 +78,6 @@ def run(tmp_path, root, monkeypatch):
     return start
 
 
-@pytest.fixture
-def finished(run, tmp_path):
-    """The folder of a run of four steps."""
-    run(f"{FOUR_STEPS} --log-every 1", out="finished")
-    return tmp_path / "finished"
-
-
 def last(out):
     return torch.load(out / "last.pth", weights_only=True)
 
@@ -119,17 +112,15 @@ def mean_over_labeled(logits, label):
 
 def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
     """(student, teacher) after a run, its formulas written out."""
-    views = TrainingViews(open_dataset("camvid", root, 2), 32, framework, seed)
+    loader = training_loader(open_dataset("camvid", root, 2), range(steps), batch, 32, framework, seed)
     torch.manual_seed(seed)
     student = DeepLabV3Plus("resnet10", 11).to(memory_format=torch.channels_last).train()
     teacher = copy.deepcopy(student).eval()
     head = [parameter for name, parameter in student.named_parameters() if not name.startswith("backbone.")]
     groups = [{"params": [*student.backbone.parameters()]}, {"params": head}]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
-    for step in range(steps):
-        numbers = range(step * batch, (step + 1) * batch)
-        names = [name for name in views[0] if name != "broken"]
-        x, y, *more = (torch.stack([views[number][name] for number in numbers]) for name in names)
+    for step, views in enumerate(loader):
+        x, y, numbers = views["x"], views["y"], range(step * batch, (step + 1) * batch)
         rng = generator(seed, "step", step, 0)
         torch.manual_seed(int(rng.integers(2**63)))
         for group, base in zip(optimizer.param_groups, (0.02, 0.01)):
@@ -137,7 +128,7 @@ def plain_loop(root, framework, steps=16, warmup=4, batch=2, seed=7):
         if framework == "supervised" or step < warmup:
             loss = mean_over_labeled(student(normalize(x)), y)
         else:
-            weak, _, valid = more
+            weak, valid = views["weak"], views["valid"]
             with torch.no_grad():
                 prob = teacher(normalize(weak)).softmax(1)
             label = pseudo_labels(prob, 0.4 * (1 - step / steps), valid=valid).label
@@ -246,29 +237,29 @@ def test_a_compiled_run_trains_the_same(run, tmp_path):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """(folder, data) of 4 labeled and 40 unlabeled images, noisy as photographs; the third that is read is broken."""
+    """(folder of 4 labeled and 40 unlabeled images, noisy as photographs; the first three read, the third is broken)"""
     root = camvid(tmp_path / "photographs", train=44)
     for number, path in enumerate(sorted((root / "train").iterdir())):
         noise = np.random.default_rng(number).integers(0, 160, (48, 64, 3))
         Image.fromarray((np.asarray(Image.open(path)) + noise).astype(np.uint8)).save(path)
-    data = open_dataset("camvid", root, 4)
-    truncate(data.unlabeled[sampled(40, 0, "order_u", 2)].image)
-    return root, data
+    unlabeled = open_dataset("camvid", root, 4).unlabeled
+    first = [unlabeled[sampled(40, 0, "order_u", number)].image for number in range(3)]
+    truncate(first[2])
+    return root, first
 
 
 def test_a_broken_photograph_is_named_replaced_and_counted_and_many_end_the_run(run, tmp_path, photographs, capsys):
-    root, data = photographs
+    root, images = photographs
     options = f"--root {root} --labeled 4 --iters 24 --log-every 1 --eval-every 1"  # more than one pass
     whole, said = run(options, out="whole"), capsys.readouterr().err
     terminated(run, options, 5, out="broken")
     capsys.readouterr()
     assert equal(run(f"{options} --resume --workers 1", out="broken"), whole)
-    bad = data.unlabeled[sampled(40, 0, "order_u", 2)].image
     for text in (said, capsys.readouterr().err):  # once after each start
-        assert text.count("could not be read") == text.count(f"warning: {bad} could not be read (image ") == 1
+        assert text.count("could not be read") == text.count(f"warning: {images[2]} could not be read (image ") == 1
     one, two = ([line | {"broken": 1} for line in figures(tmp_path / out)] for out in ("whole", "broken"))
     assert one == two and [line.get("broken") for line in lines(tmp_path / "whole")] == [None] + [1] * 23
-    truncate(*(data.unlabeled[sampled(40, 0, "order_u", number)].image for number in (0, 1)))
+    truncate(*images[:2])
     says = "3 of 40 unlabeled images could not be read, each is named above; replace or remove them, then use --resume"
     refused(says, run, f"--root {root} --labeled 4 --iters 4 --log-every 2", out="three")
     assert capsys.readouterr().err.count("could not be read (image file is truncated)") == 3
@@ -334,7 +325,7 @@ def found(out, root, options="", world=1):
 def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(run, root, tmp_path, capsys):
     (tmp_path / "two.txt").write_text("train3\ntrain0\n")
     mine, moved, out = f"--labeled {tmp_path / 'two.txt'}", camvid(tmp_path / "moved"), tmp_path / "run"
-    terminated(run, f"{FOUR_STEPS} --log-every 1", 1)
+    terminated(run, FOUR_STEPS, 1)
     capsys.readouterr()
     for where, options, world in ((root, "", 1), (root, "--batch-size 1", 2), (root, mine, 1), (moved, "", 1)):
         assert found(out, where, options, world)[1]["step"] == 2 and capsys.readouterr().err == ""
@@ -343,7 +334,7 @@ def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(run, r
     args = found(out, moved, mine)[0]
     assert (args.steps_per_epoch, args.eval_steps) == (2, 2)  # as they were, for two images less are one step
     assert capsys.readouterr().err == "--resume: 2 unlabeled images fewer\n"
-    saved = run(f"{FOUR_STEPS} --log-every 1 --root {moved} {mine} --lr 0.005 --head-lr 0.01 --resume")
+    saved = run(f"{FOUR_STEPS} --root {moved} {mine} --lr 0.005 --head-lr 0.01 --resume")
     said = capsys.readouterr().err
     assert " lr was 0.02 and is 0.005" in said and "head_lr was 0.02 and is 0.01" in said
     assert [line["lr"] for line in lines(out)] == [0.02, 0.02, 0.005, 0.005]
@@ -352,7 +343,8 @@ def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(run, r
     assert len(saved["unlabeled"]) == 4  # so that it continues once more
 
 
-def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch):
+def test_any_other_change_is_another_run(run, root, tmp_path, monkeypatch):
+    run(FOUR_STEPS)
     monkeypatch.chdir(tmp_path)
     Path("two.txt").write_text("train0\ntrain3\n")
     Path("others.txt").write_text("train1\ntrain2\n")
@@ -368,20 +360,21 @@ def test_any_other_change_is_another_run(finished, root, tmp_path, monkeypatch):
         ("--root renamed", 1, "the unlabeled images are others"),
         ("--root more", 1, ".*the unlabeled images are others"),
     ):
-        says = f"--resume: .*finished is another run, {says}; use another --out"
-        refused(says, found, finished, root, f"--labeled two.txt {options}", world)
+        says = f"--resume: .*run is another run, {says}; use another --out"
+        refused(says, found, tmp_path / "run", root, f"--labeled two.txt {options}", world)
 
 
-def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, finished, monkeypatch, capsys):
-    before, loaded = (finished / "last.pth").read_bytes(), []
-    options = f"{FOUR_STEPS} --out {finished} --weights gone.pth"
-    refused("finished already holds a run; continue it with --resume, or choose another", run, options)
-    run(f"{options} --log-every 7 --resume", finished, lambda *args: loaded.append(args[3]) or Small(*args))
-    assert f"nothing to do: {finished / 'last.pth'} is at step 4 of 4" in capsys.readouterr().out
-    assert (finished / "last.pth").read_bytes() == before and len(lines(finished)) == 4 and loaded == ["none"]
+def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, tmp_path, monkeypatch, capsys):
+    run(FOUR_STEPS)
+    out, options, loaded = tmp_path / "run", f"{FOUR_STEPS} --weights gone.pth", []
+    before = (out / "last.pth").read_bytes()
+    refused("run already holds a run; continue it with --resume, or choose another", run, options)
+    run(f"{options} --log-every 7 --resume", network=lambda *args: loaded.append(args[3]) or Small(*args))
+    assert f"nothing to do: {out / 'last.pth'} is at step 4 of 4" in capsys.readouterr().out
+    assert (out / "last.pth").read_bytes() == before and len(lines(out)) == 4 and loaded == ["none"]
     monkeypatch.setattr(T, "all_reduce", lambda steps, *_: steps.clamp(min=0))  # as beside a process without it
     says = "--resume: the processes find different checkpoints in .*; use a shared"
-    refused(says, run, f"{options} --resume", finished)
+    refused(says, run, f"{options} --resume")
 
 
 def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, monkeypatch):
