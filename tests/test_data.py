@@ -211,7 +211,7 @@ def test_pascal_is_cut_by_its_lists_and_masks_with_a_255_border_come_from_the_fi
     assert folders.pop("2008_000001") == "SegmentationClassAug" and set(folders.values()) == {"SegmentationClass"}
     for i, item in enumerate(data.labeled):
         image, mask = read(item, data)
-        assert image.mode == "RGB" and image.size == mask.size == (61 + 6 * i, 83 - 4 * i)  # gray, CMYK and .JPG too
+        assert image.mode == "RGB" and image.size == mask.size == (61 + 6 * i, 83 - 4 * i)
         mask = np.asarray(mask)
         assert mask[30, 20] == 1 + 2 * i and mask[11, 9] == 255 and mask[0, 0] == 0
         assert np.asarray(image)[30, 20].mean() > 150 > np.asarray(image)[2, 2].mean()
@@ -256,7 +256,7 @@ def check(root, labeled, val):
 
 
 def test_what_cannot_be_learned_is_said_before_training(tmp_path, capsys, monkeypatch):
-    for seconds, said in ((0.5, ""), (0.6, "reads 2 labeled and 2 validation images first\n")):  # of each of the four
+    for seconds, said in ((0.5, ""), (0.9, "reads 2 labeled and 2 validation images first\n")):  # of each of the four
         clock = iter(1 + seconds * np.arange(5))
         monkeypatch.setattr(D, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         check(tmp_path, [0, 1, 2, 255], [0, 255])

@@ -349,7 +349,7 @@ def test_any_other_change_is_another_run(run, root, tmp_path, monkeypatch):
     Path("two.txt").write_text("train0\ntrain3\n")
     Path("others.txt").write_text("train1\ntrain2\n")
     renamed = camvid(tmp_path / "renamed") / "train" / "train5.png"
-    renamed.rename(renamed.with_name("train6.png"))
+    renamed.rename(renamed.with_name("train6.png")).with_name("train4.png").unlink()  # fewer, but others among them
     camvid(tmp_path / "more", train=7)
     for options, world, says in (
         ("--alpha0 0.2 --seed 1", 1, "alpha0 was 0.4 and is 0.2, seed was 0 and is 1"),
@@ -393,7 +393,7 @@ def test_the_best_checkpoint_is_written_before_the_last_that_knows_of_it(run, mo
     (errno.ENOSPC, "make room"), (errno.EROFS, "it is read-only; choose a folder of your own"),
     (errno.ENOENT, "the folder is gone; make it again"), (errno.ENOTDIR, "a part of the path is a file"),
 ])  # fmt: skip
-def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, tmp_path, monkeypatch, number, says):
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(run, monkeypatch, number, says):
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 

@@ -50,7 +50,7 @@ def write_lists(splits, lists):
 
 
 def pascal(root, splits):
-    """Six fine training images, two of SBD, two for validation, odd JPEGs among them; lists of 2 and of 7."""
+    """Six fine training images, two of SBD, two for validation; lists of 2 and of 7."""
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
         (root / folder).mkdir(parents=True)
     fine = [f"2007_00000{i}" for i in range(6)]
@@ -62,8 +62,7 @@ def pascal(root, splits):
         mask[10:50, 8:40] = 255
         mask[14:46, 12:36] = 1 + 2 * i  # the object, inside its border
         pixels = np.where(mask == 1 + 2 * i, 200, 40)[..., None] + rng.integers(0, 40, (height, width, 3))
-        image = Image.fromarray(pixels.astype(np.uint8)).convert({1: "L", 2: "CMYK"}.get(i, "RGB"))
-        image.save(root / "JPEGImages" / f"{id}{'.JPG' if i == 3 else '.jpg'}", "JPEG")
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "JPEGImages" / f"{id}.jpg")
         save_palette(mask, root / f"SegmentationClass{'Aug' if id in coarse else ''}" / f"{id}.png")
     train = fine + coarse
     write_lists(splits / "pascal", {"1464": fine, "train": train, "val": val, "2": fine[:2], "7": train[:7]})
