@@ -439,7 +439,7 @@ def test_a_broken_unlabeled_image_costs_only_its_sample_and_the_next_one_takes_i
     refused("none of the unlabeled images can be read; `python tools/prepare.py check`", views.__getitem__, 0)
 
 
-def batches(root, steps, batch_size=2, *more, seed=0, framework="fixmatch"):
+def batches(root, steps, batch_size, *more, seed=0, framework="fixmatch"):
     data = open_dataset("shapes", root, 3)
     return list(training_loader(data, steps, batch_size, 32, framework, seed, *more))
 

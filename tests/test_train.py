@@ -23,7 +23,7 @@ from trees import camvid, refused, truncate
 
 import model as M
 import train as T
-from data import InputError, cutmix, generator, normalize, open_dataset, sampled, strong_views, training_loader
+from data import cutmix, generator, normalize, open_dataset, sampled, strong_views, training_loader
 from model import DeepLabV3Plus
 from refine import pseudo_labels
 
