@@ -273,8 +273,10 @@ def main(args):
             record |= {"loss_u": mean[2], "alpha": alpha, "threshold": pseudo.threshold.item()} | label_figures(counts)
         most = all_reduce(torch.tensor(len(broken), device=device), dist.ReduceOp.MAX).item()  # of any process
         if most > len(data.unlabeled) / 20:
-            raise InputError(f"{most} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; "
-                             "replace or remove them, then use --resume")
+            raise InputError(
+                f"{most} of {len(data.unlabeled)} unlabeled images could not be read, each is named above; replace or "
+                "remove them, then use --resume"
+            )
         record |= {"broken": most} if most else {}
         record["seconds_per_step"] = (time.monotonic() - logged_at) / (done - logged)
         record["images_per_second"] = args.batch_size * world * (1 + unlabeled) / record["seconds_per_step"]

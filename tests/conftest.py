@@ -1,4 +1,4 @@
-"""Makes the scripts importable from wherever pytest is started; slow tests run with --slow; checkpoints are not kept."""
+"""Makes the scripts importable wherever pytest starts; slow tests run with --slow; checkpoints are not kept."""
 
 import sys
 from pathlib import Path

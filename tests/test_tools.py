@@ -395,7 +395,8 @@ def run(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("run")
     root = trees.folder(tmp_path / "data", images=6, annotated=6)
     options = "--dataset folder --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --iters 2"
-    options += " --framework fixmatch --floor 0 --device cpu --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01 --head-lr 0.01"
+    options += " --framework fixmatch --floor 0 --device cpu --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01"
+    options += " --head-lr 0.01"
     with pytest.MonkeyPatch.context() as patch:  # pytest keeps its signal handlers
         patch.setattr(signal, "signal", lambda *_: None)
         T.main(T.parse_args([*options.split(), "--root", str(root), "--out", str(tmp_path / "run")]))
