@@ -45,6 +45,7 @@ case $SETTINGS in
     camvid) lists="46" common="--dataset camvid --root $CAMVID --crop 128 --batch-size 4 --iters 2000" ;;
     *) echo "SETTINGS is $SETTINGS; expected cpu, gpu or camvid" && exit 1 ;;
 esac
+common+=" --framework fixmatch --unsup-norm kept --floor 0"  # what a method leaves out is the paper's, on CamVid too
 common+=" --backbone mobilenet_v2 --weights $WEIGHTS --warmup-iters 200 --log-every 50 --eval-every 1000000 --workers 0"
 for seed in ${SEEDS:-0 1 2}; do
     for list in ${LISTS:-$lists}; do
