@@ -195,6 +195,19 @@ def test_hard_example_mining_keeps_unsure_pixels_and_at_least_the_hardest():
         assert torch.equal(T.ohem(logits, label, per_image=per_image), label.where(prob <= limit, 255))
 
 
+def test_strong_views_are_made_in_float32_and_before_the_step_is_seeded(run, monkeypatch):
+    options = "--iters 2 --framework unimatch --amp"  # whose dropout of channels follows the seed
+
+    def careless(*args):
+        assert not torch.is_autocast_enabled("cpu")
+        torch.manual_seed(0)  # as an augmentation may that draws from PyTorch's generator
+        return strong_views(*args)
+
+    amp = run(options, out="amp")
+    monkeypatch.setattr(T, "strong_views", careless)
+    assert equal(run(options, out="careless"), amp)
+
+
 def test_without_a_labeled_pixel_loss_and_gradient_are_zero():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = T.cross_entropy(logits, torch.full((2, 4, 4), 255), torch.tensor(0))
