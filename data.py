@@ -10,7 +10,9 @@ resumed run changes anything. Images travel as uint8 and are normalized on the d
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable
@@ -273,6 +275,8 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     twice = [one for one in dict.fromkeys(classes) if classes.count(one) > 1]
     if twice:
         raise InputError(f"{root / 'classes.txt'} names {twice[0]} twice; expected every class once")
+    if len(classes) > NO_CLASS:
+        raise InputError(f"{root / 'classes.txt'} names {len(classes)} classes; expected {NO_CLASS} at most")
     values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
     training = {"labeled", "unlabeled"} & set(use)
     if training and not items["train"]:
@@ -391,7 +395,7 @@ def check_annotations(data):
     Raises InputError for a broken file, for fewer than two labeled classes, and if nothing is annotated to validate on.
     """
     began, pixels = time.monotonic(), np.zeros((2, 256), np.int64)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # each holds a photograph
         for counts, items in zip(pixels, (data.labeled, data.val)):
             for histogram in pool.map(lambda item: read(item, data)[1].histogram(), items):
                 counts += histogram
@@ -548,15 +552,10 @@ class TrainingViews(Dataset):
     def __init__(self, data, crop, framework, seed):
         self.data, self.crop, self.framework, self.seed = data, crop, framework, seed
 
-    def view(self, kind, n, image, mask):
-        """(view, label, valid) of sample n; kind: "x" or "u"."""
-        rng = generator(self.seed, f"view_{kind}", n)
-        return random_view(image, mask, self.crop, self.data.scales, rng)
-
     def __getitem__(self, n):
-        labeled, unlabeled = self.data.labeled, self.data.unlabeled
+        labeled, unlabeled, how = self.data.labeled, self.data.unlabeled, (self.crop, self.data.scales)
         item = labeled[sampled(len(labeled), self.seed, "order_x", n)]
-        x, y, _ = self.view("x", n, *read(item, self.data))
+        x, y, _ = random_view(*read(item, self.data), *how, generator(self.seed, "view_x", n))
         if self.framework == "supervised":
             return {"x": x, "y": y}
         broken = ""
@@ -564,7 +563,8 @@ class TrainingViews(Dataset):
             item = unlabeled[sampled(len(unlabeled), self.seed, "order_u", number)]
             for item in (item, item._replace(mask=None)):
                 try:
-                    weak, truth, valid = self.view("u", n, *read(item, self.data))
+                    pair, rng = read(item, self.data), generator(self.seed, "view_u", n)
+                    weak, truth, valid = random_view(*pair, *how, rng)
                     return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
                 except InputError as error:
                     reason = str(error)
@@ -577,7 +577,7 @@ def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, r
     views = TrainingViews(data, crop, framework, seed)
     samples = [sample_numbers(step, batch_size, rank, world) for step in steps]
     return DataLoader(
-        views, batch_sampler=samples, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
+        views, batch_sampler=samples, num_workers=workers, pin_memory=pin_memory, worker_init_fn=left_to_main
     )
 
 
@@ -585,7 +585,7 @@ def evaluation_loader(data, items, device, workers=0, rank=0, world=1):
     """Whole images (1,3,H,W) with masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
     loader = DataLoader(
         items[rank::world], batch_size=None, collate_fn=partial(_tensors, data), num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=own_process_group,
+        pin_memory=device.type == "cuda", worker_init_fn=left_to_main,
     )  # fmt: skip
     for pair in loader:
         yield [part.to(device, non_blocking=True) for part in pair]
@@ -596,9 +596,17 @@ def _tensors(data, item):
     return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
 
 
-def own_process_group(worker):
-    """A process group of its own, so that Ctrl-C reaches only the main process, which ends its workers."""
-    os.setpgrp()
+def left_to_main(worker):
+    """Stop signals are for the main process, which saves, and then ends its workers."""
+    os.setpgrp()  # Ctrl-C is sent to the main process's group
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which a scheduler may send to every process
+
+    def obey():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
     sys.excepthook = lambda *error: None  # of the thread that hands tensors to a process which may have ended
 
 

@@ -88,15 +88,18 @@ def bilateral(prob, images):
 @torch.no_grad()
 def predict(network, pixels, protocol=Protocol()):
     """Class probabilities of a uint8 image (1,3,H,W) on the network's device: (1,C,H,W)."""
-    image, prob = normalize(pixels), 0
-    scales, flips = TTA_SCALES if protocol.tta else (1,), ([], [-1]) if protocol.tta or protocol.bilateral else ([],)
+    image, prob = normalize(pixels), None
+    scales = TTA_SCALES if protocol.tta else (1,)
+    flips = (False, True) if protocol.tta or protocol.bilateral else (False,)
     for scale in scales:
         size = [max(1, round(side * scale)) for side in image.shape[-2:]]
         resized = image if scale == 1 else F.interpolate(image, size, mode="bilinear", antialias=True)
-        for flipped in flips:  # dimensions
-            one = probabilities(network, resized.flip(flipped), protocol).flip(flipped)
-            prob = prob + (one if scale == 1 else F.interpolate(one, image.shape[-2:], mode="bilinear"))
-    prob = prob / (len(scales) * len(flips))
+        for flip in flips:  # in place where it can be: of a large photograph each copy is a gigabyte
+            one = probabilities(network, resized.flip(-1) if flip else resized, protocol)
+            one = one.flip(-1) if flip else one
+            one = one if scale == 1 else F.interpolate(one, image.shape[-2:], mode="bilinear")
+            prob = one if prob is None else prob.add_(one)
+    prob /= len(scales) * len(flips)
     if protocol.bilateral:
         prob = bilateral(prob, pixels)
     return prob if protocol.refine is None else refine(prob, **protocol.refine)
@@ -319,6 +322,17 @@ def panel_items(data, count=4):
 # command line
 
 
+def say(line, file=None, end="\n"):
+    """Prints at once and in one piece, beside other processes; a reader that is gone, as `| tee` is at Ctrl-C, ends
+    nothing."""
+    file = file or sys.stdout
+    try:
+        file.write(line + end)
+        file.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def last_line(error):
     """Of its text, or of its kind where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[-1]
@@ -333,18 +347,24 @@ def run_script(main):
         code = error.code
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except (InputError, OSError) as error:  # a loader's worker puts its traceback before the sentence
-        code = last_line(error).removeprefix("data.InputError: ")
+    except torch.OutOfMemoryError:
+        code = "the GPU's memory is full; lower --crop or --batch-size, or, for large photographs, --eval-mode sliding"
     except Exception as error:
-        lost = "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError)
-        sentence = f"a process is lost, whose own message may say why ({last_line(error)})"
-        code = sentence if lost else traceback.format_exc()
+        what = last_line(error)
+        if isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker"):
+            code = f"a loading process was killed ({what}); lower --workers, or give the job more (shared) memory"
+        elif isinstance(error, (InputError, OSError)):  # a loader's worker puts its traceback before the sentence
+            code = what.removeprefix("data.InputError: ")
+        elif "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
+            code = f"a process is lost, whose own message may say why ({what})"
+        else:
+            code = traceback.format_exc()
     if isinstance(code, str):
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {code}\n")  # in one piece, beside those of other processes
+        say(f"{Path(sys.argv[0]).name}: {code}", sys.stderr)
         code = 1
     if dist.is_initialized():
         if code:  # a process group is not taken down while others wait in it
-            sys.stdout.flush()
+            say("", end="")
             os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)

@@ -332,7 +332,8 @@ def start_processes(wanted="auto"):
         try:
             store = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0]
             store = dist.PrefixStore(f"attempt {attempt}", store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            patience = timedelta(seconds=3 * WAIT)  # the first process reads all masks while the others wait
+            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
         except dist.DistError as error:
             raise InputError(f"{world} processes did not meet in {WAIT} s; start all, or unset WORLD_SIZE") from error
     return rank, world, device

@@ -8,6 +8,7 @@ Writes --out: args.json, metrics.jsonl, last.pth, best.pth, panels/. `python eva
 """
 
 import argparse
+import contextlib
 import copy
 import errno
 import fcntl
@@ -33,7 +34,7 @@ from torchvision.transforms.v2 import functional as VF
 from data import DATASETS, IGNORE, InputError, check_annotations, cutmix, generator, normalize, open_dataset, read
 from data import sample_numbers, strong_views, training_loader
 from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
-from evaluate import panel_items, run_script, table
+from evaluate import panel_items, run_script, say, table
 from model import ENCODERS, DeepLabV3Plus, all_reduce, average_statistics, cannot_write, ema_decay, float_tensors
 from model import load_checkpoint, save_checkpoint, start_processes, update_teacher
 from refine import dpa_alpha, neighbor_agreement, pseudo_labels
@@ -78,7 +79,7 @@ STRONG_VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  
 SUPERVISED_FLOOR = 1000  # steps of a supervised run measured in epochs [ours]; the authors' 80 epochs of 92 labels: 960
 MAY_CHANGE = set(  # from one --resume to the next; `find_checkpoint` compares images and ids, not these words
     "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
-    "batch_size processes weights".split()
+    "batch_size processes weights deterministic".split()
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,9 +183,9 @@ def main(args):
         first, best, unlabeled_ids = checkpoint["step"], checkpoint["best"], checkpoint["unlabeled"]
         student.load_state_dict(checkpoint["student"])
         teacher.load_state_dict(checkpoint["teacher"])
+        for group, base in zip(checkpoint["optimizer"]["param_groups"], (args.lr, args.head_lr)):
+            group |= {"base": base, "fused": settings["fused"]}  # rate and device may have changed
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, base in zip(optimizer.param_groups, (args.lr, args.head_lr)):
-            group["base"] = base
         checkpoint = None  # as large as networks and optimizer together
     averaged = float_tensors(teacher), float_tensors(student)
     run_student, run_teacher, make_labels = student, teacher, pseudo_labels
@@ -211,7 +212,7 @@ def main(args):
     for step, batch in enumerate(loader, first):
         unlabeled = not supervised and step >= args.warmup_iters
         for sentence in {*batch.pop("broken", ())} - broken - {""}:
-            print(f"warning: {sentence}; the next image is used", file=sys.stderr, flush=True)
+            say(f"warning: {sentence}; the next image is used", sys.stderr)
             broken.add(sentence)
         batch = {name: view.to(device, non_blocking=True) for name, view in batch.items()}
         x, y = normalize(batch["x"]), batch["y"]  # (B,3,H,W), (B,H,W)
@@ -284,7 +285,7 @@ def main(args):
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         write_record(out, board, rank, record)
         if rank == 0:
-            print(progress(record, args), flush=True)
+            say(progress(record, args))
         improved = False
         if evaluating:
             protocol = Protocol(args.eval_mode, args.crop)
@@ -292,7 +293,7 @@ def main(args):
             improved, best = scores["miou"] > best, max(best, scores["miou"])
             write_record(out, board, rank, {"event": "val", "step": done, "epoch": record["epoch"]} | scores)
             if rank == 0:
-                print(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}", flush=True)
+                say(f"step {done}/{args.iters}  teacher's mIoU {scores['miou']:.2f}, best {best:.2f}")
         stopping = torch.tensor(max(stop, default=0), device=device)
         stopping = all_reduce(stopping, dist.ReduceOp.MAX).item() if done < args.iters else 0  # that of any process
         # Saved after evaluating, or a resumed run would skip that evaluation.
@@ -302,6 +303,7 @@ def main(args):
             run = {
                 "step": done, "best": best, "args": vars(args), "classes": list(data.classes), "prior": prior,
                 "labeled": [item.id for item in data.labeled], "unlabeled": unlabeled_ids,
+                "val": [item.id for item in data.val],
                 "student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(),
             }  # fmt: skip
             for name in ("best.pth", "last.pth")[not improved :]:  # after a kill between them this is done again
@@ -310,7 +312,7 @@ def main(args):
         if stopping:
             if rank == 0:
                 name = signal.Signals(stopping).name
-                print(f"{name}: saved step {done} to {out / 'last.pth'}; continue with --resume", file=sys.stderr)
+                say(f"{name}: saved step {done} to {out / 'last.pth'}; continue with --resume", sys.stderr)
             if world > 1:
                 dist.barrier()  # torchrun ends all processes as soon as one has ended
             sys.exit(128 + stopping)
@@ -355,9 +357,11 @@ def find_checkpoint(args, data, rank):
         return None
     checkpoint = load_checkpoint(last)
     saved, now, changes, said = checkpoint["args"], vars(args), [], []
-    ids = {part: [item.id for item in getattr(data, part)] for part in ("labeled", "unlabeled")}
+    ids = {part: [item.id for item in getattr(data, part)] for part in ("labeled", "unlabeled", "val")}
     gone = len(checkpoint["unlabeled"]) - len(ids["unlabeled"])
-    if gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
+    if args.framework == "supervised":
+        ids["unlabeled"] = checkpoint["unlabeled"]  # it never reads them
+    elif gone > 0 and set(ids["unlabeled"]) < set(checkpoint["unlabeled"]):
         said.append(f"{gone} unlabeled images fewer")
         ids["unlabeled"] = checkpoint["unlabeled"]
         epochs = {"steps_per_epoch": True, "eval_steps": True, "iters": args.epochs, "warmup_iters": args.warmup_epochs}
@@ -369,7 +373,7 @@ def find_checkpoint(args, data, rank):
     images = [some["batch_size"] * some["processes"] for some in (saved, now)]
     if images[0] != images[1]:
         changes.append(f"batch size x processes was {images[0]} and is {images[1]}")
-    changes += [f"the {part} images are others" for part in ids if ids[part] != checkpoint[part]]
+    changes += [f"the {part} images are others" for part in ids if ids[part] != checkpoint.get(part, ids[part])]
     if changes or checkpoint["classes"] != list(data.classes):
         found = ", ".join(sorted(changes)) or "other classes"
         raise InputError(f"--resume: {out} is another run, {found}; use another --out")
@@ -406,7 +410,7 @@ def open_run(args, data, first, rank, device):
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system without locks
                 raise
-        if lock.tell() and not args.resume:
+        if (lock.tell() or (out / "last.pth").exists()) and not args.resume:
             raise InputError(f"{out} already holds a run; continue it with --resume, or choose another --out")
         lock.truncate(0)
         print(json.dumps(settled, indent=2), file=lock, flush=True)
@@ -415,7 +419,10 @@ def open_run(args, data, first, rank, device):
         metrics.with_suffix(".tmp").write_text("".join(whole))  # a kill may have cut the last line
         os.replace(metrics.with_suffix(".tmp"), metrics)
     except BlockingIOError as error:
-        raise InputError(f"another process is training in {out}; wait for it, or choose another --out") from error
+        raise InputError(
+            f"another process is training in {out}; wait for it, or choose another --out; if its machine is gone, "
+            f"remove {out / 'args.json'} and use --resume"
+        ) from error
     except OSError as error:
         raise cannot_write(out, error) from error
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -450,7 +457,8 @@ def stop_signals(rank, world):
         if received and number == signal.SIGINT and world == 1:
             os._exit(128 + number)
         if not received and rank == 0 and os.getpid() == process:  # not a loader's worker, which inherits this
-            os.write(2, f"{signal.Signals(number).name}: saves when {when}\n".encode())  # print could be interrupted
+            with contextlib.suppress(BrokenPipeError):
+                os.write(2, f"{signal.Signals(number).name}: saves when {when}\n".encode())  # print may be interrupted
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -467,9 +475,11 @@ def write_record(out, board, rank, record):
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise cannot_write(out / "metrics.jsonl", error) from error
-    for name, value in record.items() if board else ():
-        if isinstance(value, (int, float)):
-            board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+    if board:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(f"{record['event']}/{name}", value, record["step"])
+        board.flush()
 
 
 def write_panel(out, board, step, teacher, data, device, args, prior):
@@ -480,7 +490,7 @@ def write_panel(out, board, step, teacher, data, device, args, prior):
         if board:
             board.add_image("panel", picture, step)
     except (InputError, OSError) as error:
-        print(f"warning: no panel of step {step} ({error})", file=sys.stderr, flush=True)
+        say(f"warning: no panel of step {step} ({error})", sys.stderr)
 
 
 def progress(record, args):

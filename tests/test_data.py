@@ -143,6 +143,8 @@ def test_a_folder_has_labeled_unlabeled_and_validation_images_in_val_or_val_txt_
     (root / "val.txt").write_text("photo 1\n")
     (root / "classes.txt").write_text("one\ntwo\none\n")
     refused(r"classes\.txt names one twice; expected every class once", open_dataset, "folder", root, "all")
+    (root / "classes.txt").write_text("\n".join(map(str, range(255))))
+    refused(r"classes\.txt names 255 classes; expected 254 at most", open_dataset, "folder", root, "all")
     says = r"--root \S+ is not the dataset; expected the folders images, masks in it$"
     refused(says, open_dataset, "folder", tmp_path / "nowhere", "all")
 

@@ -451,6 +451,7 @@ def test_a_command_line_that_makes_no_sense_says_what_is_expected(capsys, option
     (InputError("Caught InputError in worker\nTraceback\ndata.InputError: do"), r"train\.py: do\n"),
     (OSError(28, "No space left on device"), r"train\.py: \[Errno 28\] No space left on device\n"),
     (OSError(), r"train\.py: OSError\(\)\n"),
+    (torch.OutOfMemoryError("CUDA out of memory"), r"train\.py: the GPU's memory is full; lower --crop .*\n"),
     (KeyError("bug"), r"train\.py: Traceback(.*\n)+KeyError: 'bug'\n+"),  # only what a bug can break ends with one
 ])  # fmt: skip
 def test_what_the_user_can_mend_ends_with_its_sentence_and_without_a_traceback(monkeypatch, capsys, error, said):

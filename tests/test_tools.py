@@ -371,13 +371,14 @@ def test_a_mask_that_may_lie_beside_a_turned_photograph_is_said(tmp_path, capsys
     assert says in said and bool(says) == bool(said)
 
 
-def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_path, capsys):
+def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_path, capsys, monkeypatch):
     root, small = mine(tmp_path / "mine", size=(1600, 40)), tmp_path / "mine-64"
     call(own_images, root)
     assert f"train on smaller copies: python tools/own_images.py {root} --shrink 512;" in capsys.readouterr().err
     (root / "classes.txt").write_text("soil\nwheat\nweed\n")
     (root / "val.txt").write_text("photo 2\n")
-    call(own_images, root, "--shrink", 64)
+    monkeypatch.chdir(root)
+    call(own_images, ".", "--shrink", 64)
     assert f"--root {small}" in capsys.readouterr().out
     data = open_dataset("folder", small, "all")
     image, mask = read(data.labeled[0], data)

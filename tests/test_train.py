@@ -354,6 +354,8 @@ def test_a_run_continues_elsewhere_with_a_lower_rate_or_fewer_photographs(run, r
     assert [group["lr"] for group in saved["optimizer"]["param_groups"]] == [0.005, 0.01]
     assert json.loads((out / "args.json").read_text())["lr"] == 0.005
     assert len(saved["unlabeled"]) == 4  # so that it continues once more
+    run(f"{FOUR_STEPS} --framework supervised", "alone")
+    assert found(tmp_path / "alone", camvid(tmp_path / "more", train=7), f"{mine} --framework supervised")
 
 
 def test_any_other_change_is_another_run(run, root, tmp_path, monkeypatch):
@@ -363,7 +365,7 @@ def test_any_other_change_is_another_run(run, root, tmp_path, monkeypatch):
     Path("others.txt").write_text("train1\ntrain2\n")
     renamed = camvid(tmp_path / "renamed") / "train" / "train5.png"
     renamed.rename(renamed.with_name("train6.png")).with_name("train4.png").unlink()  # fewer, but others among them
-    camvid(tmp_path / "more", train=7)
+    camvid(tmp_path / "more", train=7), camvid(tmp_path / "scored", val=4)
     for options, world, says in (
         ("--alpha0 0.2 --seed 1", 1, "alpha0 was 0.4 and is 0.2, seed was 0 and is 1"),
         ("--iters 5", 1, "iters was 4 and is 5"),
@@ -372,6 +374,7 @@ def test_any_other_change_is_another_run(run, root, tmp_path, monkeypatch):
         ("--labeled others.txt", 1, "the labeled images are others, the unlabeled images are others"),
         ("--root renamed", 1, "the unlabeled images are others"),
         ("--root more", 1, ".*the unlabeled images are others"),
+        ("--root scored", 1, "the val images are others"),
     ):
         says = f"--resume: .*run is another run, {says}; use another --out"
         refused(says, found, tmp_path / "run", root, f"--labeled two.txt {options}", world)
@@ -381,7 +384,9 @@ def test_a_finished_run_has_nothing_to_do_and_is_not_overwritten(run, tmp_path, 
     run(FOUR_STEPS)
     out, options, loaded = tmp_path / "run", f"{FOUR_STEPS} --weights gone.pth", []
     before = (out / "last.pth").read_bytes()
-    refused("run already holds a run; continue it with --resume, or choose another", run, options)
+    for _ in range(2):
+        refused("run already holds a run; continue it with --resume, or choose another", run, options)
+        (out / "args.json").write_text("")  # as a full disk leaves it
     run(f"{options} --log-every 7 --resume", network=lambda *args: loaded.append(args[3]) or Small(*args))
     assert f"nothing to do: {out / 'last.pth'} is at step 4 of 4" in capsys.readouterr().out
     assert (out / "last.pth").read_bytes() == before and len(lines(out)) == 4 and loaded == ["none"]

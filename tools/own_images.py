@@ -223,7 +223,8 @@ def palette_of(mask):
 
 def shrink(root, data, side):
     """Writes the folder ROOT-side, images whose longer side is that, with their masks. Returns it."""
-    target, part = root.with_name(f"{root.name}-{side}"), root.with_name(f"{root.name}-{side}.tmp")
+    place = root.resolve() if root.name in ("", "..") else root
+    target, part = (place.with_name(f"{place.name}-{side}{end}") for end in ("", ".tmp"))
     if target.exists():
         raise InputError(f"{target} is there already; move it away first")
     shutil.rmtree(part, ignore_errors=True)

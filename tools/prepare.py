@@ -103,7 +103,7 @@ def check(args):
         print(f"{part}: {len(items)} images, {len(masks)} masks{optional}", flush=True)
         problems += [f"image {item.id} is missing" for item in items if not item.image]
         problems += [f"mask of the {part} image {item.id} is missing" for item in items if not (item.mask or optional)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for size, histogram in filter(None, pool.map(look, images)):
                 sizes[size] += 1
                 pixels += histogram
