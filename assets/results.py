@@ -107,9 +107,13 @@ def measure(lines, dataset=None):
     return found | {f"{key}, %": 100 * mean(line[key] for line in late) for key in ("kept", "correct") if late}
 
 
-def difference(one, other):
-    """The mean of paired differences over the keys of both, from three pairs on with its 95% interval, as text."""
-    paired = [one[key] - other[key] for key in one if key in other]
+def difference(one, other, lists=1):
+    """The mean of paired differences over the keys of both, from three pairs on with its 95% interval, as text; empty
+    if they are of fewer lists."""
+    both = [key for key in one if key in other]
+    if lists > 1 and len({labeled for labeled, _ in both}) < lists:
+        return ""
+    paired = [one[key] - other[key] for key in both]
     half = f" ± {T95[len(paired)] * stdev(paired) / len(paired) ** 0.5:.2f}" if len(paired) > 2 else ""
     return f"{mean(paired):+.2f}{half}" if paired else ""
 
@@ -134,7 +138,8 @@ def method_table(scores, columns):
         rows.append([METHODS.get(method, (method,))[0]])
         for _, name, labeled in columns:
             one = values(scores, method, name, labeled)
-            change = difference(one, values(scores, "fixmatch", name, labeled)) if name in MEASURES[:3] else ""
+            base = values(scores, "fixmatch", name, labeled) if name in MEASURES[:3] else {}
+            change = difference(one, base, 1 if labeled else 2)
             text = f"{mean(one.values()):.2f}" + f" ({len(one)})" * (name == "mIoU") if one else ""
             parts = [text if labeled else "", change if method != "fixmatch" else ""]
             rows[-1] += [": ".join(filter(None, parts))]
@@ -143,8 +148,10 @@ def method_table(scores, columns):
 
 def pair_table(scores, columns):
     """The same of PAIRS, a method minus another."""
-    rows = [[title, *(difference(*(values(scores, method, *column) for method in pair)) for _, *column in columns)]
-            for title, *pair in PAIRS]  # fmt: skip
+    rows = [[title] for title, *_ in PAIRS]
+    for row, (_, *pair) in zip(rows, PAIRS):
+        for _, name, labeled in columns:
+            row += [difference(*(values(scores, method, name, labeled) for method in pair), 1 if labeled else 2)]
     return table([title for title, *_ in columns], rows) if any(any(row[1:]) for row in rows) else ""
 
 
@@ -165,12 +172,13 @@ def sections(settings):
         f"rates {args['lr']} / {args['head_lr']}."
     )
     scores = {method: {key: measure(of[key], dataset) for key in of} for method, of in runs.items()}
-    first = [(name, name, lists[0]) for name in MEASURES]
+    most = max(lists, key=lambda labeled: sum(key[0] == labeled for of in runs.values() for key in of))
+    first = [(name, name, most) for name in MEASURES]
     if len(lists) == 1:
         by, short = [first], first[:3]
     else:
         short = [*((f"{labeled} labels", "mIoU", labeled) for labeled in lists), ("all lists, paired", "mIoU", None)]
-        more = [(f"{name}, {lists[0]} labels", name, labeled) for name, _, labeled in first[1:]]
+        more = [(f"{name}, {most} labels", name, most) for name, *_ in first[1:]]
         by = [short, [*more, *((f"{name}, all lists, paired", name, None) for name in MEASURES[1:3])]]
     tables = [method_table(scores, columns) for columns in by]
     tables += filter(None, [pair_table(scores, short)])
@@ -203,7 +211,7 @@ def draw():
     except ImportError:
         return
     gpu, cpu = read("h200"), read("cpu")
-    cpu = cpu if len({labeled for runs in cpu.values() for labeled, _ in runs}) > 1 else {}
+    cpu = cpu if len({labeled for runs in cpu.values() for labeled, _ in runs}) > 2 else {}
     figure = Figure(figsize=(15 if cpu else 10, 3.8), layout="constrained")
     labels, classes, *lists = figure.subplots(1, 2 + bool(cpu), width_ratios=(1, 1.6, 1)[: 2 + bool(cpu)])
     colors = {method: f"C{number}" for number, method in enumerate(METHODS)}

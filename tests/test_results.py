@@ -43,10 +43,12 @@ def test_a_cell_is_mean_seeds_and_paired_difference_and_shares_are_those_late_in
     for seed, (ours, theirs) in enumerate([(30.0, 28.0), (31.0, 30.0), (32.0, 29.0)]):
         logs("cpu", f"92-s4mc-{seed}", ours)
         logs("cpu", f"92-fixmatch-{seed}", theirs)
-    logs("cpu", "183-s4mc-0", 50.0)  # has no partner
+    logs("cpu", "92-s4mc-3", 31.0)  # has no partner
+    logs("cpu", "183-s4mc-0", 50.0), logs("cpu", "183-variant-0", 51.0), logs("cpu", "183-fixmatch-0", 49.0)
     logs("gpu", "92-dpa-0", 0.0)  # is in no table of these
     readme, page = results.sections("cpu")
-    assert "| S4MC + FixMatch (the paper) | 31.00 (3): +2.00 ± 2.48 | 50.00 (1) | +2.00 ± 2.48 |" in readme
+    assert "| S4MC + FixMatch (the paper) | 31.00 (4): +2.00 ± 2.48 | 50.00 (1): +1.00 | +1.75 ± 1.52 |" in readme
+    assert "[ours] |  | 51.00 (1): +2.00 |  |" in readme  # of one list only
     assert f"| {31 / 2:.2f}: +1.00 ± 1.24 | {31 * 6 / 7:.2f}: +1.71 ± 2.13 |" in page  # of seven rare ones one is 0
     assert f" | {(75 + 100) / 2:.2f} | 50.00 |" in page and "DPA" not in page
 
