@@ -29,6 +29,7 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
     "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
     "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
     "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
+    "fixmatch-fine": ("FixMatch, unlabeled only the finely annotated 1,464", None),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
 }
