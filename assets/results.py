@@ -26,10 +26,11 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "two-streams": ("two streams, FixMatch's threshold", f"--framework unimatch {FIXED} 0.95"),
     "variant": ("S4MC, two streams, `--unsup-norm valid --floor 0.95` [ours]", f"{VARIANT} 0.95"),
+    "one-stream": ("the same with one stream", "--unsup-norm valid --floor 0.95"),
     "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
     "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
     "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
-    "fixmatch-fine": ("FixMatch, unlabeled only the finely annotated 1,464", None),
+    "one-stream-long": ("one stream, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
 }
@@ -37,8 +38,12 @@ PAIRS = (  # one method minus another
     ("what refinement adds: S4MC - DPA", "s4mc", "dpa"),
     ("S4MC + CutMix-Seg - CutMix-Seg", "s4mc-cutmixseg", "cutmixseg"),
     ("variant - two streams, FixMatch's threshold", "variant", "two-streams"),
+    ("variant - the same with one stream", "variant", "one-stream"),
     ("variant - FixMatch, 3,000 steps", "variant", "fixmatch-long"),
+    ("one stream, 3,000 steps - FixMatch, 3,000 steps", "one-stream-long", "fixmatch-long"),
+    ("one stream, 3,000 steps - variant", "one-stream-long", "variant"),
     ("variant - UniMatch's own unimatch.py loop", "variant", "rival-unimatch"),
+    ("FixMatch - UniMatch's own fixmatch.py loop", "fixmatch", "rival-fixmatch"),
 )
 SETTINGS = {  # title, dataset, lists
     "h200": ("One H200, 256 pixels, 186 labels, 3,493 unlabeled photographs", "pascal", ("186",)),
