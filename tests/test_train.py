@@ -522,8 +522,10 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     assert paper.items() <= vars(resolved("--dataset cityscapes")).items()
     args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
     assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
-    ours = dict(framework="unimatch", unsup_norm="valid", floor=0.95, iters=2000, crop=128, backbone="mobilenet_v2")
+    ours = dict(framework="fixmatch", unsup_norm="valid", floor=0.95, iters=3000, crop=128, backbone="mobilenet_v2")
     assert ours.items() <= vars(resolved("--dataset folder", "cpu")).items()
+    ours |= dict(framework="unimatch", iters=6000, crop=321, backbone="resnet50")
+    assert ours.items() <= vars(resolved("--dataset camvid", "cuda")).items()
     assert resolved("--dataset camvid --confidence entropy").floor == 0
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weights imagenet --weight-decay 0")
     assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
