@@ -47,7 +47,7 @@ SIZES = {  # of runs on photographs [ours]; the GPU's are untuned
 }
 PAPER = dict(framework="fixmatch", unsup_norm="kept", floor=0.0)  # where a preset says nothing
 PHOTOGRAPHS = dict(  # [ours]
-    unsup_norm="valid", floor=0.95,  # keep rare classes, docs/results.md
+    unsup_norm="valid", floor=0.95,  # lose fewer rare classes, docs/results.md
     weights="pretrained", warmup_iters=300, optimizer="adamw", weight_decay=1e-4, sup_loss="ce", log_every=20,
     eval_mode="original",
 )  # fmt: skip
