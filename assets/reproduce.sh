@@ -6,6 +6,7 @@
 #     SETTINGS=camvid CAMVID=DIR WEIGHTS=FILE bash assets/reproduce.sh
 #
 # LISTS, METHODS (names in results.py) and SEEDS say which, PARALLEL how many at a time, OUT where; SPLITS: other lists.
+# fixmatch-fine wants SPLITS whose pascal/train.txt is the list 1464.
 # PASCAL is a folder with JPEGImages and the folders of masks; WEIGHTS MobileNetV2's state dict, or imagenet.
 set -euo pipefail
 cd "$(dirname "$0")/.."

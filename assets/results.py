@@ -29,6 +29,7 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
     "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
     "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
     "one-stream": ("one stream, floor 0.95", "--unsup-norm valid --floor 0.95"),
+    "fixmatch-fine": ("FixMatch, unlabeled: the rest of 1,464", f"{FIXED} 0.95"),
     "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
     "one-stream-long": ("one stream, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
