@@ -218,7 +218,7 @@ def draw():
     except ImportError:
         return
     gpu, cpu = read("h200"), read("cpu")
-    cpu = cpu if len({labeled for runs in cpu.values() for labeled, _ in runs}) > 2 else {}
+    cpu = {method: runs for method, runs in cpu.items() if len({labeled for labeled, _ in runs}) > 2}
     figure = Figure(figsize=(15 if cpu else 10, 3.8), layout="constrained")
     labels, classes, *lists = figure.subplots(1, 2 + bool(cpu), width_ratios=(1, 1.6, 1)[: 2 + bool(cpu)])
     colors = {method: f"C{number}" for number, method in enumerate(METHODS)}
@@ -241,10 +241,11 @@ def draw():
             axis.plot(*zip(*points), ".", color=colors.get(method, "black"), alpha=0.6)
             means = {x: mean(y for labeled, y in points if labeled == x) for x, _ in points}
             axis.plot([*means], [*means.values()], color=colors.get(method, "black"), label=method)
-        axis.set(title="mIoU, two cores", xlabel="labels", xscale="log", ylabel="%")
-        axis.set_xticks([int(labeled) for labeled in SETTINGS["cpu"][2]], SETTINGS["cpu"][2])
+        axis.set(title="mIoU, two cores (dots: runs)", xlabel="labels", xscale="log", ylabel="%")
+        seen = sorted({int(labeled) for runs in cpu.values() for labeled, _ in runs})
+        axis.set_xticks(seen, seen)
         axis.minorticks_off()
-        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axis.legend(fontsize="small")
     figure.savefig(ASSETS / "results.png", dpi=80)
 
 
