@@ -37,10 +37,12 @@ METHODS = {  # in the order of the tables: title, options of train.py; others ma
 }
 PAIRS = (  # one method minus another
     ("what refinement adds: S4MC - DPA", "s4mc", "dpa"),
+    ("S4MC + FixMatch - labels alone", "s4mc", "supervised"),
     ("S4MC + CutMix-Seg - CutMix-Seg", "s4mc-cutmixseg", "cutmixseg"),
     ("variant - two streams, FixMatch's threshold", "variant", "two-streams"),
     ("variant - one stream", "variant", "one-stream"),
     ("variant - FixMatch, 3,000 steps", "variant", "fixmatch-long"),
+    ("FixMatch, 3,000 steps - two streams, FixMatch's threshold", "fixmatch-long", "two-streams"),
     ("one stream, 3,000 steps - FixMatch, 3,000 steps", "one-stream-long", "fixmatch-long"),
     ("one stream, 3,000 steps - variant", "one-stream-long", "variant"),
     ("variant - UniMatch's own unimatch.py loop", "variant", "rival-unimatch"),
