@@ -247,7 +247,7 @@ def draw():
         seen = sorted({int(labeled) for runs in cpu.values() for labeled, _ in runs})
         axis.set_xticks(seen, seen)
         axis.minorticks_off()
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(ASSETS / "results.png", dpi=80)
 
 
