@@ -41,7 +41,7 @@ from refine import dpa_alpha, neighbor_agreement, pseudo_labels
 
 # What --dataset means for every option left out.
 SIZES = {  # of runs on photographs [ours]; the GPU's are untuned
-    # in the minutes of a CPU more steps gain at least as much as a second view, docs/results.md
+    # in the minutes of a CPU more steps gain no less than a second view, docs/results.md
     "cpu": dict(crop=128, backbone="mobilenet_v2", framework="fixmatch", iters=3000, batch_size=4, workers=1),
     "cuda": dict(crop=321, backbone="resnet50", framework="unimatch", iters=6000, batch_size=8, workers=8),
 }
