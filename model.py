@@ -9,11 +9,9 @@
 Encoders, ASPP and the moving average are the libraries' own; this file joins them.
 """
 
-import errno
 import itertools
 import os
 import pickle
-import sys
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +22,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import Conv2dNormActivation
 
-from data import MEAN, STD, InputError
+from data import MEAN, STD, InputError, rank_and_world
 
 
 class Encoder(NamedTuple):
@@ -111,66 +108,83 @@ def convert_dinov2(state):
     return state
 
 
-def _reason(error):
-    """The error in one line: torch.load's own advise to trust the file, load_state_dict's list every tensor."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is not a torch.save file, or holds more than tensors and plain values"
-    first, *misfits = (str(error) or type(error).__name__).splitlines()
-    if first.startswith("Error(s) in loading"):  # then a line for each kind of misfit, or for each size
-        return "; ".join(line.strip("\t. ").split(', "')[0] for line in misfits[:2])
-    return first
-
-
 def encoder(name, weights="none", output_stride=16):
-    """An encoder of ENCODERS: images (B,3,H,W) -> (shallow, deep), features at stride 4 and the deepest ones.
+    """Return an encoder of ENCODERS: images (B,3,H,W) -> (shallow, deep), features at stride 4 and the deepest ones.
 
-    weights: "pretrained" or "imagenet" (torchvision's IMAGENET1K_V1, or DINOv2's own, downloaded once), "none", or a
-    file that holds that state dict. Raises InputError where there are none, or they do not fit.
+    weights: see `load_weights`.
     """
-    about, transformer = ENCODERS[name], name.startswith("dinov2")
-    if transformer:
+    about = ENCODERS[name]
+    if name.startswith("dinov2"):
         net = features = DINOv2(about.shallow, about.deep_channels)
     else:
         net = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
         stages = list((net.features if hasattr(net, "features") else net).named_children())
-        stages = stages[: [stage for stage, _ in stages].index(about.deep) + 1]
+        names = [stage for stage, _ in stages]
+        stages = stages[: names.index(about.deep) + 1]
         replace_stride_with_dilation([stage for _, stage in stages], output_stride)
         features = Stages(stages, about.shallow)
-    try:
-        if weights not in ("pretrained", "imagenet", "none"):
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        elif transformer and weights != "none":
-            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        elif weights != "none":
-            state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict()
-        if weights != "none":
-            net.load_state_dict(convert_dinov2(state) if transformer else state)
-    except Exception as error:  # no network, no file, another network's weights, or no weights at all
-        raise InputError(
-            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
-            f"network the first time), none, or a file with {'DINOv2' if transformer else 'torchvision'}'s state dict"
-        ) from error
+    if weights != "none":
+        load_weights(net, name, weights)
     return features
 
 
+def load_weights(net, name, weights):
+    """Load pretrained weights into a network of torchvision's or DINOv2's names.
+
+    weights: "pretrained" (torchvision's IMAGENET1K_V1 or DINOv2's own, downloaded once), or a file with that state
+    dict. No code in the file is run. Raises InputError if there are none, or if they do not fit.
+    """
+    try:
+        if weights != "pretrained":
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        elif name.startswith("dinov2"):
+            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        else:
+            published = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+            state = published.get_state_dict(map_location="cpu", weights_only=True, check_hash=True)
+        if name.startswith("dinov2"):
+            state = convert_dinov2(state)
+        net.load_state_dict(state)
+    except Exception as error:  # no network, no file, another network's weights, or none are published
+        source = "DINOv2" if name.startswith("dinov2") else "torchvision"
+        raise InputError(
+            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
+            f"network the first time), none, or a file with {source}'s state dict"
+        ) from error
+
+
+def _reason(error):
+    """Return the error in one line; torch.load's own text advises to trust the file, so it is replaced."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not a torch.save file, or holds more than tensors and plain values"
+    text = str(error) or type(error).__name__
+    if text.startswith("Error(s) in loading"):
+        return "its tensors have other names or sizes"
+    return text.splitlines()[0]
+
+
 def replace_stride_with_dilation(stages, output_stride):
-    """Replaces strides beyond output_stride by dilation, in place: the same values on a finer grid."""
-    # torchvision's option of this name does the same for Bottleneck ResNets only; a test holds both side by side.
+    """Replace strides beyond output_stride by dilation, in place: the same values on a finer grid."""
+    # torchvision's option of this name does the same for Bottleneck ResNets only.
     stride, dilation = 1, 1
     for stage in stages:
-        strided = any(getattr(module, "stride", 1) in (2, (2, 2)) for module in stage.modules())
-        if strided and stride == output_stride:
-            dilation *= 2
-        elif strided:
+        has_stride = any(getattr(module, "stride", 1) in (2, (2, 2)) for module in stage.modules())
+        if has_stride and stride < output_stride:
             stride *= 2
-        for module in stage.modules() if dilation > 1 else ():
-            if isinstance(module, nn.Conv2d):
-                # The convolution that had the stride still sees the grid before it.
-                rate = dilation // 2 if module.stride == (2, 2) else dilation
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (rate, rate)
+        elif has_stride:
+            dilation *= 2
+        if dilation == 1:
+            continue
+        for module in stage.modules():
+            if not isinstance(module, nn.Conv2d):
+                continue
+            # The convolution that had the stride still sees the grid before it.
+            rate = dilation // 2 if module.stride == (2, 2) else dilation
+            module.stride = (1, 1)
+            if module.kernel_size != (1, 1):
+                module.dilation = (rate, rate)
+                module.padding = tuple(rate * (side // 2) for side in module.kernel_size)
 
 
 class DeepLabV3Plus(nn.Module):
@@ -227,20 +241,11 @@ def update_teacher(teacher, student, tau):
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; travels in the checkpoint
-
-
-def cannot_write(path, error):
-    """The InputError for a system's error of writing; torch.save turns that of a full disk into a RuntimeError."""
-    advice = {errno.ENOENT: "the folder is gone; make it again", errno.ENOTDIR: "a part of the path is a file"}
-    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "it is read-only; choose a folder of your own")
-    what = advice.get(getattr(error, "errno", None), "make room")
-    kept = "the one before is kept, " if path.suffix == ".pth" and path.exists() else ""
-    return InputError(f"{path} could not be written ({str(error).splitlines()[0]}): {kept}{what}, then use --resume")
+PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; stored in the checkpoint
 
 
 def save_checkpoint(state, path):
-    """Atomic write of a dictionary of tensors and plain values. Raises InputError if it cannot be written."""
+    """Write a dictionary of tensors and plain values, atomically. Raises InputError if it cannot be written."""
     part = path.with_name(f"{path.name}.tmp")
     try:
         with open(part, "wb") as file:
@@ -248,9 +253,15 @@ def save_checkpoint(state, path):
             file.flush()
             os.fsync(file.fileno())  # on the disk before it replaces the last good one
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def cannot_write(path, error):
+    """Return the InputError for a file that could not be written."""
+    reason = str(error).splitlines()[0]
+    return InputError(f"{path} could not be written ({reason}); make room or mend the folder, then use --resume")
 
 
 def load_checkpoint(path):
@@ -278,62 +289,39 @@ def load_network(checkpoint, which="teacher"):
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
 
-WAIT = 600  # seconds, for the other processes to start
-
-
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """The tensor, which becomes, in place, its sum (or other operation) over all processes."""
+    """Turn the tensor, in place, into its sum (or another operation) over all processes, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
 
 
-def average_statistics(network, world):
-    """BatchNorm's running statistics become their mean over the processes."""
+def average_statistics(network):
+    """Turn BatchNorm's running statistics into their mean over the processes."""
+    _, world = rank_and_world()
     for statistic in network.buffers():
         if statistic.is_floating_point():
-            dist.all_reduce(statistic)
+            all_reduce(statistic)
             statistic /= world
 
 
-def start_processes(wanted="auto"):
-    """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
-    names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world <= 1:
-        rank, world, local = 0, 1, 0  # whatever else an earlier job has left in the environment
-    missing = [name for name in names if name not in os.environ]
-    if world > 1 and missing:
-        raise InputError(
-            f"WORLD_SIZE={world} is in the environment, {', '.join(missing)} not; start with torchrun, or unset it"
-        )
+def start_processes(wanted="auto", minutes=10):
+    """Join the processes that torchrun started, if any, and return this one's device. wanted: auto, cpu or cuda."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={world} is set, but MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or a CUDA build and driver")
+        raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or install a CUDA build and driver")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
-        if torch.cuda.device_count() == 1 and not torchrun:
-            local = 0  # a scheduler that shows each process only its own GPU
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"process {local} has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu"
+                f"process {local_rank} has no GPU; start at most {torch.cuda.device_count()}, or use --device cpu"
             )
-        if world > 1 and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-            raise InputError("LOCAL_RANK is not in the environment; start with torchrun, or show each process one GPU")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
-        if not torchrun:
-            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
-            print(f"waits up to {WAIT} s for {world} processes, as the environment says: {given}", file=sys.stderr)
-        # On one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
-        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
         backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            store = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0]
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            patience = timedelta(seconds=3 * WAIT)  # the first process reads all masks while the others wait
-            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
-        except dist.DistError as error:
-            raise InputError(f"{world} processes did not meet in {WAIT} s; start all, or unset WORLD_SIZE") from error
-    return rank, world, device
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return device
