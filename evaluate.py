@@ -421,7 +421,7 @@ def number(kind, low, high=math.inf, above=False):
 
     def parse(text):
         value = kind(text)
-        if value < low or value > high or (above and value == low):
+        if not low <= value <= high or (above and value == low):
             limits = f"more than {low}" if above else f"at least {low}"
             if high < math.inf:
                 limits += f" and at most {high}"
