@@ -3,8 +3,11 @@
     data = open_dataset("pascal", "data", labeled=92)             # lists of images, cut into a partition
     loader = training_loader(data, steps=range(0, 1000), ...)     # one batch of labeled and unlabeled views per step
 
-Samples and views are functions of (seed, stream, number of the sample), so that neither the number of workers nor a
-resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
+Samples and views are pure functions of the seed and the number of the sample. So neither the number of workers nor a
+resumed run changes anything. Images are uint8 until `normalize` on the device.
+
+255 has three meanings, and no loss sees any of them. In a mask: not annotated. In a pseudo-label: not sure enough. In
+a padded view: outside the image.
 """
 
 import os
@@ -35,7 +38,7 @@ STREAMS = ("order_x", "order_u", "view_x", "view_u", "step", "strong", "jitter")
 
 
 class InputError(ValueError):
-    """Something in the user's files or arguments; the message says what was found, expected, and to be done."""
+    """A mistake in the user's files or arguments. The message says what was found, what was expected, what to do."""
 
 
 def generator(seed, stream, *numbers):
@@ -55,7 +58,7 @@ def rank_and_world():
 
 
 class Item(NamedTuple):
-    """One image and its mask: files, or None where there is no such file."""
+    """One image and its mask: files, or None if there is no such file."""
 
     id: str
     image: Path | None
@@ -149,31 +152,42 @@ def id_list(file, known=()):
 
 
 def list_folder(root, lists):
-    """Items of a folder of one's own: images/, and masks/ (PNG) of the annotated ones; for validation val/ with
-    the same two, or the ids of val.txt."""
-    root, parts, convert = find_root(root, (), ("images", "masks")), [], f"tools/own_images.py {shlex.quote(str(root))}"
-    for place, prefix in ((root, ""), (root / "val", "val/")):
-        images, masks = files(place / "images"), files(place / "masks")
-        others = [mask for mask in masks.values() if suffix(mask) != ".png"]
-        if others:
-            raise InputError(f"mask {others[0]} is no PNG file of class indices; `python {convert}` converts")
-        parts.append({id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()})
-    items, val = parts
+    """Return the items of a user's folder: images/, and masks/ (PNG) for some of them.
+
+    Validation: val/ with the same two folders, or the ids in val.txt.
+    """
+    root = find_root(root, (), ("images", "masks"))
+    command = f"`python tools/own_images.py {shlex.quote(str(root))}`"
+    train, val = list_pairs(root, "", command), list_pairs(root / "val", "val/", command)
     if (root / "val").is_dir():
-        return {"train": [*items.values()], "val": [*val.values()]}
+        return {"train": list(train.values()), "val": list(val.values())}
     if not (root / "val.txt").is_file():
-        raise InputError(f"{root} has neither val/ nor val.txt; `python {convert}` writes val.txt")
-    ids = dict.fromkeys(id_list(root / "val.txt", items))
-    unknown = [id for id in ids if id not in items]
+        raise InputError(f"{root} has neither val/ nor val.txt; {command} writes val.txt")
+    ids = dict.fromkeys(id_list(root / "val.txt", train))
+    unknown = [id for id in ids if id not in train]
     if unknown:
         raise InputError(f"{root / 'val.txt'} names {unknown[0]}, which is not in images/; correct the list")
-    return {"train": [item for id, item in items.items() if id not in ids], "val": [items[id] for id in ids]}
+    return {
+        "train": [item for id, item in train.items() if id not in ids],
+        "val": [train[id] for id in ids],
+    }
+
+
+def list_pairs(folder, prefix, command):
+    """Return {id: Item} of images/ and masks/ below a folder; the ids of the items begin with the prefix."""
+    images, masks = files(folder / "images"), files(folder / "masks")
+    for mask in masks.values():
+        if suffix(mask) != ".png":
+            raise InputError(f"mask {mask} is no PNG file of class indices; {command} says how to convert it")
+    return {id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()}
 
 
 def list_camvid(root, lists):
-    """Items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/; val and test likewise."""
-    root, splits = Path(root), {}
-    root = root / "camvid" if (root / "camvid").is_dir() else root
+    """Return the items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/; val, test likewise."""
+    root = Path(root)
+    if (root / "camvid").is_dir():
+        root = root / "camvid"
+    splits = {}
     for split in ("train", "val", "test"):
         images, masks = files(root / split), files(root / f"{split}annot", (".png",))
         splits[split] = [Item(id, image, masks.get(id)) for id, image in images.items()]
@@ -181,29 +195,38 @@ def list_camvid(root, lists):
 
 
 def list_pascal(root, lists):
-    """Items of PASCAL VOC 2012 (Everingham et al., 2010), and SBD (Hariharan et al., 2011), as the lists name them.
+    """Return the items of PASCAL VOC 2012 (Everingham et al., 2010) and SBD (Hariharan et al., 2011) in the lists.
 
     Masks: SegmentationClass/ for the images that VOC annotated finely, SegmentationClassAug/ for all others.
     """
     root = find_root(root, ("VOC2012", "VOCdevkit/VOC2012"), ("JPEGImages", "SegmentationClass"))
     images = files(root / "JPEGImages")
-    fine, coarse = (files(root / folder, (".png",)) for folder in ("SegmentationClass", "SegmentationClassAug"))
-    finely = set(id_list(lists / "1464.txt")) | set(id_list(lists / "val.txt"))
-    masks = fine | {id: mask for id, mask in coarse.items() if id not in finely}
-    splits = {split: id_list(lists / f"{split}.txt") for split in ("train", "val")}
-    return {split: [Item(id, images.get(id), masks.get(id)) for id in ids] for split, ids in splits.items()}
+    fine = files(root / "SegmentationClass", (".png",))
+    coarse = files(root / "SegmentationClassAug", (".png",))
+    fine_ids = {*id_list(lists / "1464.txt"), *id_list(lists / "val.txt")}
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = []
+        for id in id_list(lists / f"{split}.txt"):
+            mask = fine.get(id)
+            if id not in fine_ids:
+                mask = coarse.get(id, mask)
+            splits[split].append(Item(id, images.get(id), mask))
+    return splits
 
 
 def list_cityscapes(root, lists):
-    """Items of Cityscapes (Cordts et al., 2016), as the lists name them; masks: labelTrainIds, else labelIds."""
-    root, splits = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine")), {}
+    """Return the items of Cityscapes (Cordts et al., 2016) in the lists; masks: labelTrainIds, else labelIds."""
+    root = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine"))
+    splits = {}
     for split in ("train", "val"):
-        images, masks = files(root / "leftImg8bit" / split), files(root / "gtFine" / split, (".png",))
+        images = files(root / "leftImg8bit" / split)
+        masks = files(root / "gtFine" / split, (".png",))
         splits[split] = []
         for id in id_list(lists / f"{split}.txt"):
             place = f"{id.split('_')[0]}/{id}"
-            kinds = (masks.get(f"{place}_gtFine_{kind}") for kind in ("labelTrainIds", "labelIds"))
-            splits[split].append(Item(id, images.get(f"{place}_leftImg8bit"), next(filter(None, kinds), None)))
+            mask = masks.get(f"{place}_gtFine_labelTrainIds") or masks.get(f"{place}_gtFine_labelIds")
+            splits[split].append(Item(id, images.get(f"{place}_leftImg8bit"), mask))
     return splits
 
 
@@ -212,7 +235,7 @@ def list_cityscapes(root, lists):
 
 
 def mask_values(classes):
-    """(256,) uint8: the class of each value in a mask's file, from {value: class}; NO_CLASS for any other but 255."""
+    """Return the class of each value in a mask's file, (256,) uint8, from {value: class}; other values: NO_CLASS."""
     values = np.full(256, NO_CLASS, np.uint8)
     values[[IGNORE, *classes]] = [IGNORE, *classes.values()]
     return values
@@ -403,17 +426,21 @@ def class_pixels(data, items):
 
 
 def palette():
-    """(256, 3) uint8 colors by class index: PASCAL's own, from the bits of the index; 255 is its pale border."""
+    """Return PASCAL's colors by class index, (256,3) uint8, made from the bits of the index."""
     index = np.arange(256)
-    rgb = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(rgb, 1).astype(np.uint8)
+    colors = np.zeros((256, 3), np.uint8)
+    for bit in range(3):
+        for channel in range(3):
+            colors[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colors
 
 
 def save_mask(mask, path):
-    """Atomic write of class indices (H,W) uint8 as a PNG with the palette; makes the folder."""
-    path, image = Path(path), Image.fromarray(np.asarray(mask))
-    image.putpalette(palette().tobytes())
+    """Write class indices (H,W) uint8 as a PNG with the palette, atomically; make the folder."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(mask))
+    image.putpalette(palette().tobytes())
     part = path.with_name(f"{path.name}.tmp")
     image.save(part, "PNG")
     os.replace(part, path)
@@ -518,10 +545,10 @@ def strong_views(weak, seed, step, view=0):
 
 
 def cutmix(rng, probability, images, *maps):
-    """CutMix (Yun et al., 2019): a box of another image of the batch, and of its maps, is pasted into each image.
+    """CutMix (Yun et al., 2019): paste a box of the next image of the batch, and of its maps, into each image.
 
-    images (B,3,H,W), maps (B,H,W) each; an image is mixed with the next one of the batch, with the given probability;
-    the box covers half of the image in a random shape (French et al., 2020). Returns new tensors; a batch of one stays.
+    images (B,3,H,W), maps (B,H,W) each. Each image is mixed with the given probability. The box covers half of the
+    image in a random shape (French et al., 2020). Returns new tensors. A batch of one does not change.
     """
     batch, height, width = maps[0].shape
     mixed = [tensor.clone() for tensor in (images, *maps)]
@@ -537,7 +564,7 @@ def cutmix(rng, probability, images, *maps):
 
 
 def normalize(images):
-    """Images (B,3,H,W) in 0..255 -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
+    """Return images (B,3,H,W) in 0..255 as float with ImageNet's mean and standard deviation."""
     mean, std = _mean_and_std(images.device)
     return (images - mean) / std
 

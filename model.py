@@ -1,4 +1,4 @@
-"""DeepLabv3+ (Chen et al., 2018b) on torchvision's encoders, its moving-average teacher, checkpoints and processes.
+"""DeepLabv3+ (Chen et al., 2018b) on torchvision's encoders, its EMA teacher, checkpoints and processes.
 
     student = DeepLabV3Plus("resnet101", num_classes=21, weights="pretrained")
     logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
@@ -6,10 +6,11 @@
     averaged = float_tensors(teacher), float_tensors(student)
     update_teacher(*averaged, ema_decay(updates))                 # after each optimizer step
 
-Encoders, ASPP and the moving average are the libraries' own; this file joins them.
+Encoders, ASPP and the moving average come from torch and torchvision. This file joins them.
 """
 
 import itertools
+import math
 import os
 import pickle
 from collections import OrderedDict
@@ -32,7 +33,7 @@ from data import MEAN, STD, InputError, rank_and_world
 
 
 class Encoder(NamedTuple):
-    """What DeepLabv3+ needs to know of a torchvision network: the stages that it reads, with their channels."""
+    """The stages of a torchvision network that DeepLabv3+ reads, with their channels."""
 
     shallow: str  # the last stage at stride 4, or an early block of a transformer
     shallow_channels: int
@@ -54,7 +55,7 @@ ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et a
 
 
 class Stages(nn.Sequential):
-    """Modules one after the other: x -> (what the one named `shallow` returns, what the last returns)."""
+    """Modules in a row: x -> (output of the one named `shallow`, output of the last one)."""
 
     def __init__(self, stages, shallow):
         super().__init__(OrderedDict(stages))
@@ -71,31 +72,38 @@ class Stages(nn.Sequential):
 class DINOv2(VisionTransformer):
     """DINOv2 with patches of 14 pixels (Oquab et al., 2023): images (B,3,H,W) -> (B,C,H/4,W/4), (B,C,H/14,W/14).
 
-    Images of any size are enlarged to whole patches. Attention compares all of them: 5,476 of 1,024 x 1,024 pixels.
+    Images of any size are enlarged to whole patches. Attention compares all patches: 5,476 for 1,024 x 1,024 pixels.
     """
 
     def __init__(self, shallow, channels):
         super().__init__(518, 14, 12, channels // 64, channels, 4 * channels)
+        torch.backends.mha.set_fastpath_enabled(False)  # in evaluation mode it is slower and takes more memory
         self.heads = nn.Identity()  # else parameters without a gradient
         self.encoder.layers = Stages(self.encoder.layers.named_children(), shallow)
 
     def forward(self, images):
-        rows, columns = (-(-side // 14) for side in images.shape[-2:])
-        x = self.conv_proj(F.interpolate(images, (14 * rows, 14 * columns), mode="bilinear")).flatten(2).mT  # (B,N,C)
-        first, grid = self.encoder.pos_embedding.split([1, 37 * 37], 1)
+        height, width = images.shape[-2:]
+        rows, columns = math.ceil(height / 14), math.ceil(width / 14)
+        images = F.interpolate(images, (14 * rows, 14 * columns), mode="bilinear")
+        patches = self.conv_proj(images).flatten(2).mT  # (B,N,C)
+        of_token, grid = self.encoder.pos_embedding.split([1, 37 * 37], 1)
         if (rows, columns) != (37, 37):
-            scales = [(side + 0.1) / 37 for side in (rows, columns)]  # authors' code: interpolate_offset
-            grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=scales, mode="bicubic").flatten(2).mT
-        x = torch.cat([(self.class_token + first).expand(len(x), -1, -1), x + grid], 1)
-        shallow, deep = (self.encoder.ln(x)[:, 1:].mT.unflatten(2, (rows, columns)) for x in self.encoder.layers(x))
-        return F.interpolate(shallow, [-(-side // 4) for side in images.shape[-2:]], mode="bilinear"), deep
+            scales = [(rows + 0.1) / 37, (columns + 0.1) / 37]  # authors' code: interpolate_offset
+            grid = grid.mT.unflatten(2, (37, 37))
+            grid = F.interpolate(grid, scale_factor=scales, mode="bicubic").flatten(2).mT
+        token = (self.class_token + of_token).expand(len(patches), -1, -1)
+        features = self.encoder.layers(torch.cat([token, patches + grid], 1))
+        shallow, deep = (self.encoder.ln(x)[:, 1:].mT.unflatten(2, (rows, columns)) for x in features)
+        size = [math.ceil(height / 4), math.ceil(width / 4)]
+        return F.interpolate(shallow, size, mode="bilinear"), deep
 
 
 def convert_dinov2(state):
-    """DINOv2's published state dict as that of `DINOv2`. LayerScale: gamma * (W x + b) = (gamma W) x + gamma b."""
+    """Return DINOv2's published state dict as that of `DINOv2`; gamma * (W x + b) = (gamma W) x + gamma b."""
     state = {name: value for name, value in state.items() if name != "mask_token"}  # only for pretraining
     for name in [name for name in state if name.endswith(".gamma")]:
-        gamma, before = state.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(name)
+        before = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         state[f"{before}.weight"] = gamma[:, None] * state[f"{before}.weight"]
         state[f"{before}.bias"] = gamma * state[f"{before}.bias"]
     names = {
@@ -156,6 +164,8 @@ def load_weights(net, name, weights):
 
 def _reason(error):
     """Return the error in one line; torch.load's own text advises to trust the file, so it is replaced."""
+    if isinstance(error, EOFError):
+        return "it is empty or cut off"
     if isinstance(error, pickle.UnpicklingError):
         return "it is not a torch.save file, or holds more than tensors and plain values"
     text = str(error) or type(error).__name__
@@ -190,10 +200,10 @@ def replace_stride_with_dilation(stages, output_stride):
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
-    backbone: one of ENCODERS; output_stride 16 or 8, not for DINOv2; weights: see `encoder`.
-    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4, where they
-    are decided. In training mode B must be at least 2, for ASPP's image pooling has BatchNorm on one pixel per image.
-    drop (B,deep_channels): multiplies the channels of the deepest features [UniMatch V2].
+    backbone: one of ENCODERS; output_stride: 16 or 8, not for DINOv2; weights: see `load_weights`, or "none".
+    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4.
+    In training mode B must be at least 2, because ASPP's image pooling has BatchNorm on one pixel per image.
+    drop (B,deep_channels): multiplies the channels of the deepest features.
     """
 
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
@@ -221,19 +231,20 @@ class DeepLabV3Plus(nn.Module):
 
 
 def ema_decay(updates, decay=0.99):
-    """tau of Sec. 4.1 after so many updates: min(1 - 1/(updates+1), decay); the first update is a copy."""
+    """Sec. 4.1: return tau after so many updates, min(1 - 1/(updates+1), decay); the first update is a copy."""
     # Paper: tau = 0.99. Authors' code: this warm-up of tau. Here: theirs.
     return min(1 - 1 / (updates + 1), decay)
 
 
 def float_tensors(network):
-    """What the teacher averages: the list of parameters and BatchNorm's running statistics."""
-    return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_floating_point()]
+    """Return what the teacher averages: the parameters and BatchNorm's running statistics."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, tau):
-    """theta_t = tau theta_t + (1 - tau) theta_s, Sec. 4.1, of both networks' `float_tensors`."""
+    """Sec. 4.1: theta_t = tau theta_t + (1 - tau) theta_s, for the `float_tensors` of both networks."""
     # AveragedModel copies its counter to the device at each update, and a GPU would wait for it.
     get_ema_multi_avg_fn(tau)(teacher, student, None)
 
@@ -265,7 +276,7 @@ def cannot_write(path, error):
 
 
 def load_checkpoint(path):
-    """The dictionary that train.py saved; no code in the file is run. Raises InputError where it is none."""
+    """Return the dictionary that train.py saved. No code in the file is run. Raises InputError if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["preprocessing"] != PREPROCESSING or not {"args", "classes", "teacher"} <= set(checkpoint):
@@ -273,13 +284,14 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
         reason = _reason(error) if Path(path).is_file() else "it is not there"
         raise InputError(
-            f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py"
+            f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py; if only "
+            "one of them is damaged, copy the other over it"
         ) from error
     return checkpoint
 
 
 def load_network(checkpoint, which="teacher"):
-    """The checkpoint's teacher or student, in evaluation mode on the CPU."""
+    """Return the checkpoint's teacher or student, in evaluation mode on the CPU."""
     args = checkpoint["args"]
     network = DeepLabV3Plus(args["backbone"], len(checkpoint["classes"]), args["output_stride"])
     network.load_state_dict(checkpoint[which])
@@ -288,6 +300,9 @@ def load_network(checkpoint, which="teacher"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
+
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # number of tasks by srun, mpirun and others
+
 
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
     """Turn the tensor, in place, into its sum (or another operation) over all processes, and return it."""
@@ -309,6 +324,9 @@ def start_processes(wanted="auto", minutes=10):
     """Join the processes that torchrun started, if any, and return this one's device. wanted: auto, cpu or cuda."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+    tasks = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise InputError(f"{tasks} tasks were started without torchrun; each would train alone; start one, with torchrun")
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE={world} is set, but MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -30,13 +30,14 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as VF
 
+import refine
 from data import DATASETS, IGNORE, Data, InputError, class_pixels, cutmix, generator, normalize, open_dataset
 from data import rank_and_world, read, strong_views, training_loader
 from evaluate import EVAL_MODES, Protocol, evaluate, label_counts, label_figures, label_options, number, panel
 from evaluate import panel_items, read_records, run_script, table
 from model import ENCODERS, DeepLabV3Plus, all_reduce, average_statistics, cannot_write, ema_decay, float_tensors
 from model import load_checkpoint, save_checkpoint, start_processes, update_teacher
-from refine import dpa_alpha, neighbor_agreement, pseudo_labels
+from refine import dpa_alpha, neighbor_agreement
 
 # What --dataset means for every option that is left out.
 PRESETS = {
@@ -465,12 +466,13 @@ def restore(checkpoint, args, student, teacher, optimizer):
 
 def distribute_and_compile(args, student, teacher):
     """Return student, teacher and `pseudo_labels` as the step calls them: with DDP and torch.compile if asked for."""
-    labels = pseudo_labels
+    labels = refine.pseudo_labels
     if args.processes > 1:
         student = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         teacher = torch.compile(teacher, dynamic=False)
-        labels = torch.compile(pseudo_labels)
+        refine.dpa_threshold = torch.compiler.disable(refine.dpa_threshold)  # alpha changes at every step
+        labels = torch.compile(labels, dynamic=False)
         if args.processes == 1 or args.device == "cpu":  # SyncBatchNorm breaks the graph at every layer
             student = torch.compile(student, dynamic=False)
     return student, teacher, labels
@@ -636,6 +638,8 @@ def stop_signals():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, receive)
+    else:
+        print("warning: outside the main thread a stop signal does not save a checkpoint", file=sys.stderr)
     try:
         yield received
     finally:
