@@ -326,7 +326,7 @@ def start_processes(wanted="auto", minutes=10):
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
     tasks = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise InputError(f"{tasks} tasks were started without torchrun; each would train alone; start one, with torchrun")
+        raise InputError(f"{tasks} tasks without torchrun would each train alone; start one task, with torchrun")
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE={world} is set, but MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
     if wanted == "cuda" and not torch.cuda.is_available():
