@@ -42,40 +42,40 @@ from refine import dpa_alpha, neighbor_agreement
 # What --dataset means for every option that is left out.
 PRESETS = {
     "shapes": {  # [ours]
-        "labeled": "24", "crop": 64, "backbone": "resnet10", "weights": "none", "framework": "fixmatch",
-        "unsup_norm": "kept", "floor": 0.0, "iters": 1500, "warmup_share": 0.2, "batch_size": 4, "optimizer": "sgd",
-        "lr": 0.02, "head_lr": 0.02, "weight_decay": 5e-4, "sup_loss": "ce", "eval_mode": "original", "workers": 1,
-        "log_every": 20,
+        "labeled": "24", "crop": 64, "workers": 1, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
+        "warmup_share": 0.2, "backbone": "resnet10", "weights": "none", "iters": 1500, "batch_size": 4,
+        "optimizer": "sgd", "lr": 0.02, "head_lr": 0.02, "lr_warmup": 0.0, "weight_decay": 5e-4, "sup_loss": "ce",
+        "eval_mode": "original",
     },
     "camvid": {  # [ours]
-        "labeled": "46", "weights": "pretrained", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.1,
-        "optimizer": "adamw", "lr": 5e-4, "head_lr": 5e-3, "weight_decay": 1e-4, "sup_loss": "ce",
-        "eval_mode": "original", "log_every": 20,
-        "cpu": {"crop": 128, "backbone": "mobilenet_v2", "framework": "fixmatch", "iters": 3000, "batch_size": 4,
-                "workers": 1},
-        "cuda": {"crop": 321, "backbone": "resnet50", "framework": "unimatch", "iters": 6000, "batch_size": 8,
-                 "workers": 8},
+        "labeled": "46", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.1, "weights": "pretrained",
+        "optimizer": "adamw", "lr": 5e-4, "head_lr": 5e-3, "lr_warmup": 0.1, "weight_decay": 1e-4, "sup_loss": "ce",
+        "eval_mode": "original",
+        "cpu": {"crop": 128, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 3000,
+                "batch_size": 4},
+        "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000,
+                 "batch_size": 8},
     },
     "folder": {  # [ours]
-        "labeled": "all", "weights": "pretrained", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.1,
-        "optimizer": "adamw", "lr": 1e-4, "head_lr": 1e-3, "weight_decay": 1e-4, "sup_loss": "ce",
-        "eval_mode": "original", "log_every": 20,
-        "cpu": {"crop": 128, "backbone": "mobilenet_v2", "framework": "fixmatch", "iters": 3000, "batch_size": 4,
-                "workers": 1},
-        "cuda": {"crop": 321, "backbone": "resnet50", "framework": "unimatch", "iters": 6000, "batch_size": 8,
-                 "workers": 8},
+        "labeled": "all", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.1, "weights": "pretrained",
+        "optimizer": "adamw", "lr": 1e-4, "head_lr": 1e-3, "lr_warmup": 0.1, "weight_decay": 1e-4, "sup_loss": "ce",
+        "eval_mode": "original",
+        "cpu": {"crop": 128, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 3000,
+                "batch_size": 4},
+        "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000,
+                 "batch_size": 8},
     },
-    "pascal": {  # Appendix D and Sec. 4.3 [paper]; warm-up [authors' code]; workers, log_every [ours]
-        "labeled": "366", "crop": 513, "backbone": "resnet101", "weights": "pretrained", "framework": "fixmatch",
-        "unsup_norm": "kept", "floor": 0.0, "epochs": 80, "warmup_epochs": 1, "batch_size": 3, "optimizer": "sgd",
-        "lr": 0.001, "head_lr": 0.01, "weight_decay": 1e-4, "sup_loss": "ce", "eval_mode": "original", "workers": 4,
-        "log_every": 20,
+    "pascal": {  # Appendix D and Sec. 4.3 [paper]; warm-up [authors' code]; workers [ours]
+        "labeled": "366", "crop": 513, "workers": 4, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
+        "warmup_epochs": 1, "backbone": "resnet101", "weights": "pretrained", "epochs": 80, "batch_size": 3,
+        "optimizer": "sgd", "lr": 0.001, "head_lr": 0.01, "lr_warmup": 0.0, "weight_decay": 1e-4, "sup_loss": "ce",
+        "eval_mode": "original",
     },
     "cityscapes": {  # the same; ohem and sliding windows [common practice]
-        "labeled": "744", "crop": 769, "backbone": "resnet101", "weights": "pretrained", "framework": "fixmatch",
-        "unsup_norm": "kept", "floor": 0.0, "epochs": 80, "warmup_epochs": 1, "batch_size": 2, "optimizer": "sgd",
-        "lr": 0.01, "head_lr": 0.01, "weight_decay": 5e-4, "sup_loss": "ohem", "eval_mode": "sliding", "workers": 4,
-        "log_every": 20,
+        "labeled": "744", "crop": 769, "workers": 4, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
+        "warmup_epochs": 1, "backbone": "resnet101", "weights": "pretrained", "epochs": 80, "batch_size": 2,
+        "optimizer": "sgd", "lr": 0.01, "head_lr": 0.01, "lr_warmup": 0.0, "weight_decay": 5e-4, "sup_loss": "ohem",
+        "eval_mode": "sliding",
     },
 }  # fmt: skip
 DINOV2 = {"optimizer": "adamw", "lr": 5e-6, "head_lr": 2e-4, "weight_decay": 0.01}  # for any dataset [UniMatch V2]
@@ -92,9 +92,13 @@ FREE_AT_RESUME = set(  # images and ids are compared, not the words that name th
 # schedules and losses
 
 
-def learning_rate(step, total_steps, base, power=0.9):
-    """Appendix D: return lr_base * (1 - iter / total_iter) ** power."""
-    return base * (1 - step / total_steps) ** power
+def learning_rate(step, total_steps, base, power=0.9, warmup=0.0):
+    """Appendix D: return lr_base * (1 - iter / total_iter) ** power.
+
+    warmup: the share of the run in which it rises linearly from 0 [ours]; 0 is the paper.
+    """
+    rise = min(1, (step + 1) / (warmup * total_steps)) if warmup else 1
+    return base * rise * (1 - step / total_steps) ** power
 
 
 def count(mask):
@@ -239,7 +243,7 @@ def train(given, stop):
         rng = generator(args.seed, "step", step, rank_and_world()[0])  # for CutMix, and for dropout by the next line
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.iters, group["base"], args.power)
+            group["lr"] = learning_rate(step, args.iters, group["base"], args.power, args.lr_warmup)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             if unlabeled:
@@ -713,6 +717,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9, or AdamW [preset]")
     add("--lr", type=positive, help="learning rate of the encoder [preset]")
     add("--head-lr", type=positive, help="learning rate of everything else [preset]")
+    add("--lr-warmup", type=share, help="share of the run in which the learning rates rise from 0 [preset]")
     add("--weight-decay", type=number(float, 0), help="of all parameters [preset]")
     add("--sup-loss", choices=("ce", "ohem"), help="loss of the labeled images; ohem: only hard pixels [preset]")
     add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, default 0.9 [paper]")
@@ -725,7 +730,7 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0), default=0, help="random seed, default 0")
     add("--eval-every", type=natural, help="epochs between evaluations; default: a tenth of the run")
     add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows or a center crop of --crop [preset]")
-    add("--log-every", type=natural, help="steps between log lines [preset]")
+    add("--log-every", type=natural, default=20, help="steps between log lines, default 20")
     add("--save-every", type=number(float, 0), default=10.0, help="minutes between checkpoints, default 10")
     add("--tensorboard", action=switch, default=False, help="write the log for TensorBoard too")
     add("--out", help="folder of the run; default: runs/<dataset>-<labeled>-<method>-<seed>")
