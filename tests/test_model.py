@@ -261,7 +261,8 @@ def test_dinov2_compiles_as_one_graph_with_the_same_gradients():
 
 DINOV2_RUN = (
     "--dataset camvid --labeled 2 --backbone dinov2_vits14 --weights none --crop 56 --batch-size 2 --warmup-iters 1 "
-    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --framework unimatch"
+    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --floor 0 "
+    "--framework unimatch"
 )
 
 
