@@ -10,6 +10,8 @@ resumed run changes anything. Images are uint8 until `normalize` on the device.
 a padded view: outside the image.
 """
 
+import atexit
+import multiprocessing
 import os
 import shlex
 import signal
@@ -303,6 +305,8 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
     values = spec.values or {"": mask_values({index: index for index in range(len(classes))})}
     if isinstance(labeled, (list, tuple)):
         chosen = set(labeled)  # a checkpoint's own ids; their files may be absent
+    elif not items["train"]:
+        raise InputError(f"{name} under {root} has no training images; docs/faq.md says where the files go")
     else:
         chosen = labeled_ids(name, items["train"], labeled, lists)
     labeled_items = [item for item in items["train"] if item.id in chosen]
@@ -343,8 +347,6 @@ def check_files(data, part, root):
 
 def labeled_ids(name, items, labeled, lists):
     """Return the set of ids that --labeled means; see `open_dataset`."""
-    if not items:
-        raise InputError(f"{name} has no training images under --root; docs/faq.md says where the files go")
     known = [item.id for item in items]
     annotated = [item.id for item in items if item.mask]
     published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
@@ -674,6 +676,14 @@ def whole_image(data, item):
 
 
 def ignore_signals(worker):
-    """Leave Ctrl-C and a scheduler's SIGTERM to the main process, which saves and then ends its loader workers."""
+    """Leave stop signals to the main process, which saves and then ends its loader workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Kill the loader workers, which ignore softer signals."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each of them
+    for worker in multiprocessing.active_children():
+        worker.kill()

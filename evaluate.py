@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
-from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette, rank_and_world
+from data import IGNORE, InputError, end_workers, evaluation_loader, normalize, open_dataset, palette, rank_and_world
 from data import whole_image
 from model import all_reduce, load_checkpoint, load_network, start_processes
 from refine import confidence, dpa_threshold, pseudo_labels, refine
@@ -406,11 +405,10 @@ def run_script(main):
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    for worker in multiprocessing.active_children():
-        worker.kill()  # loader workers ignore softer signals
     if dist.is_initialized():
         if code:  # the others may be waiting, and would keep a clean end waiting, too
             sys.stdout.flush()
+            end_workers()
             os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)

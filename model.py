@@ -9,6 +9,7 @@
 Encoders, ASPP and the moving average come from torch and torchvision. This file joins them.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -265,7 +266,8 @@ def save_checkpoint(state, path):
             os.fsync(file.fileno())  # on the disk before it replaces the last good one
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise cannot_write(path, error) from error
 
 
