@@ -216,7 +216,7 @@ def train(given, stop):
     board = open_run(args, data, first, device)
     run = Run(args, Path(args.out), data, device, student, teacher, optimizer, prior, board)
 
-    fast_student, fast_teacher, fast_labels = distribute_and_compile(args, student, teacher)
+    fast_student, fast_teacher, fast_labels = distribute_and_compile(args, device, student, teacher)
     label_settings = label_options(vars(args), prior)
     averaged = float_tensors(teacher), float_tensors(student)
     loader = training_loader(
@@ -468,7 +468,7 @@ def restore(checkpoint, args, student, teacher, optimizer):
     optimizer.load_state_dict(state)
 
 
-def distribute_and_compile(args, student, teacher):
+def distribute_and_compile(args, device, student, teacher):
     """Return student, teacher and `pseudo_labels` as the step calls them: with DDP and torch.compile if asked for."""
     labels = refine.pseudo_labels
     if args.processes > 1:
@@ -477,7 +477,7 @@ def distribute_and_compile(args, student, teacher):
         teacher = torch.compile(teacher, dynamic=False)
         refine.dpa_threshold = torch.compiler.disable(refine.dpa_threshold)  # alpha changes at every step
         labels = torch.compile(labels, dynamic=False)
-        if args.processes == 1 or args.device == "cpu":  # SyncBatchNorm breaks the graph at every layer
+        if args.processes == 1 or device.type == "cpu":  # SyncBatchNorm breaks the graph at every layer
             student = torch.compile(student, dynamic=False)
     return student, teacher, labels
 
@@ -625,7 +625,7 @@ def write_panel(run, step):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a list that gets the stop signals. After the first one the old handlers are back: the next ends at once."""
+    """Give a list that gets the stop signals. In a run of one process a second signal ends it at once."""
     received, before = [], {}
 
     def restore_handlers():
@@ -634,9 +634,13 @@ def stop_signals():
 
     def receive(number, _):
         received.append(number)
-        restore_handlers()
-        if rank_and_world()[0] == 0:  # os.write, because print may be interrupted by it
-            os.write(2, f"{signal.Signals(number).name}: saving soon; a second signal ends at once\n".encode())
+        rank, world = rank_and_world()
+        said = "saving at the next log line"
+        if world == 1:  # torchrun sends each signal again, and ends all processes after 30 seconds
+            said = "saving after this step; a second signal ends at once"
+            restore_handlers()
+        if rank == 0:
+            os.write(2, f"{signal.Signals(number).name}: {said}\n".encode())  # print may be interrupted by a signal
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

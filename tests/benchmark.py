@@ -39,6 +39,7 @@ import evaluate as E  # noqa: E402
 import refine as R  # noqa: E402
 import train as T  # noqa: E402
 from model import ENCODERS, DeepLabV3Plus, ema_decay, float_tensors, update_teacher  # noqa: E402
+from shapes import write_shapes  # noqa: E402
 
 ROUNDS = 7
 POINTS = {  # where a step is measured: so many labeled and unlabeled images each
@@ -123,7 +124,8 @@ def benchmark_labels(device, backbone, peer):
     for shape in ((3, 21, 513), (3, 2, 513), (2, 19, 769), (1, 150, 513)):
         logits = smooth_logits(*shape, device)
         torch._dynamo.reset()  # it gives up after eight shapes
-        compiled = torch.compile(R.pseudo_labels, dynamic=False)
+        settings = argparse.Namespace(processes=1, compile=True)
+        compiled = T.distribute_and_compile(settings, device, torch.nn.Identity(), torch.nn.Identity())[2]
         rivals = {
             "copy the logits": logits.clone,
             "S4MC": lambda: R.pseudo_labels(logits.softmax(1), 0.4),
@@ -144,7 +146,7 @@ def benchmark_labels(device, backbone, peer):
 def trainer(
     device, backbone, batch, crop, classes, fixmatch=False, compile=False, authors=False, peer=None, **options
 ):  # fmt: skip
-    """A function that does the next step of train.py, in the order of its main, on networks and a batch of its own.
+    """A function that does the next step of train.py, in the order of its loop, on networks and a batch of its own.
 
     authors: see `authors_loss`; options: those of `pseudo_labels`.
     """
@@ -158,8 +160,8 @@ def trainer(
     optimizer = torch.optim.SGD(student.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=cuda and not authors)
     forward, predict, label = student, teacher, R.pseudo_labels
     if compile:
-        forward, predict = (torch.compile(network, dynamic=False) for network in (student, teacher))
-        label = torch.compile(R.pseudo_labels)  # dynamic, for alpha changes with each step
+        settings = argparse.Namespace(processes=1, compile=True)
+        forward, predict, label = T.distribute_and_compile(settings, device, student, teacher)
 
     def train_step():
         step = next(numbers)
@@ -171,7 +173,7 @@ def trainer(
         else:
             strong = weak
             if fixmatch:
-                strong = D.normalize(D.strong_views(weak_pixels, 0, D.sample_numbers(step, batch)))
+                strong = D.normalize(D.strong_views(weak_pixels, 0, step))
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 with torch.no_grad():
                     prob = predict(weak).softmax(1)
@@ -189,7 +191,7 @@ def trainer(
 
 
 def authors_loss(student, teacher, x, y, weak, rng, peer):
-    """The authors' order of things, in fp32: two teacher passes, the second in training mode; NumPy's percentile."""
+    """The authors' order of operations in float32: two passes of the teacher, the second in training mode."""
     with torch.no_grad():
         label = teacher.eval()(weak).softmax(1).max(1).indices
     mixed, label = D.cutmix(rng, 0.5, weak, label)
@@ -312,15 +314,17 @@ def benchmark_loader(device, backbone, peer):
     for suffix, size, crop, count in (("jpg", (500, 375), 513, 30), ("png", (2048, 1024), 769, 5)):
         with tempfile.TemporaryDirectory() as folder:
             data, numbers = photographs(folder, 1, size, suffix), itertools.count()
-            one, both = (D.TrainingViews(data, crop, framework, 0) for framework in ("supervised", "fixmatch"))
+            views = D.TrainingViews(data, crop, 0)
             plain = PlainViews(data.labeled[0], crop, data.scales)
             rivals = {
                 "decoding image and mask": lambda: D.read(data.labeled[0], data),
                 "plain, labeled": lambda: plain_sample(plain, Image.Image.copy),
                 "plain, weak and strong": lambda: plain_sample(plain, Image.Image.copy, plain.strong),
-                "S4MC, labeled": lambda: one[next(numbers)],
-                "S4MC, labeled and weak": lambda: both[next(numbers)],
-                "S4MC, also strong on the CPU": lambda: D.strong_views(both[next(numbers)]["weak"][None], 0, [0]),
+                "S4MC, labeled": lambda: views[next(numbers), False, False],
+                "S4MC, labeled and weak": lambda: views[next(numbers), True, False],
+                "S4MC, also strong on the CPU": lambda: D.strong_views(
+                    views[next(numbers), True, False]["weak"][None], 0, 0
+                ),
             }
             rows = {name: lambda rival=rival: [rival() for _ in range(count)] for name, rival in rivals.items()}
             title = f"views from {suffix.upper()} files of {size[0]} x {size[1]}, crop {crop}, a sample"
@@ -330,7 +334,7 @@ def benchmark_loader(device, backbone, peer):
 def loader_rate(data, workers, batch_size=4, steps=10):
     """Images per second, from when all workers are at work to before the first of them has nothing to do."""
     ahead = 2 * workers + 1
-    loader = iter(D.training_loader(data, range(steps + 2 * ahead), batch_size, 513, "fixmatch", 0, workers))
+    loader = iter(D.training_loader(data, range(steps + 2 * ahead), batch_size, 513, 0, workers))
     [next(loader) for _ in range(ahead)]
     began = time.perf_counter()
     [next(loader) for _ in range(steps)]
@@ -385,7 +389,7 @@ def benchmark_processes(device, backbone, peer):
     """Runs of train.py in one process beside two on the CPU, with one thread each, or beside one for each GPU."""
     world = torch.cuda.device_count() if device.type == "cuda" else 2
     if world == 1:
-        print("\none process beside several: left out, for this machine has one GPU")
+        print("\none process beside several: skipped, because this machine has one GPU")
         return
     gc.collect()
     torch.cuda.empty_cache()  # the runs share this process's GPU
@@ -398,7 +402,7 @@ def benchmark_processes(device, backbone, peer):
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node={world}".split()
     rates = {"1 process": [], f"{world} processes": []}
     with tempfile.TemporaryDirectory() as folder:
-        D.write_shapes(Path(folder) / "shapes")
+        write_shapes(Path(folder) / "shapes")
         for number, (name, row) in itertools.product(range(min(3, ROUNDS)), rates.items()):
             out = Path(folder) / f"{number} {name}"
             start = [sys.executable] if name == "1 process" else [sys.executable, *launcher]

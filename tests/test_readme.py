@@ -16,6 +16,7 @@ from trees import camvid, cityscapes, folder, pascal
 
 import data
 import refine
+import shapes
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ COMMAND = re.compile(r"^(?:\S*python3?|torchrun .*?) (train|evaluate|tools/\w+|t
 def commands(page):
     """(script, arguments) of every line that runs one of the scripts, in the order of the page."""
     found = []
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGES[page], re.M | re.S):
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", PAGES[page], re.M | re.S):
         for line in block.splitlines():
             match = COMMAND.match(line.split("&&")[-1].strip())
             if match and "DATASET" not in line and "CELL" not in line:
@@ -58,8 +59,7 @@ def test_the_commands_and_tables_are_found_and_the_tests_behind_the_guarantees_e
 
 def test_every_cell_of_the_tables_names_a_published_list():
     for arguments in cells():
-        args = train.parse_args(list(arguments))
-        train.fill_presets(args, torch.device("cuda"))
+        args = train.fill_presets(train.parse_args(list(arguments)), torch.device("cuda"))
         assert (data.SPLITS / args.dataset / f"{args.labeled}.txt").is_file() and args.epochs == 80, arguments
 
 
@@ -78,8 +78,8 @@ def little_world(tmp_path, monkeypatch):
         if number.stem != "1464":
             shutil.copy(splits / "pascal" / "2.txt", splits / "pascal" / number.name)
     monkeypatch.setattr(data, "SPLITS", splits)
-    monkeypatch.setattr(data, "SHAPES_TRAIN", 30)
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    monkeypatch.setattr(shapes, "TRAIN", 30)
+    monkeypatch.setattr(shapes, "VAL", 2)
     monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
