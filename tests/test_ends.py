@@ -142,7 +142,7 @@ def test_a_stop_signal_saves_and_leaves_no_process(tmp_path, start, root, name, 
     step = last(out)["step"]
     assert 3 <= step < 5000 and code == 128 + number
     assert said == [
-        f"{name}: saving soon; a second signal ends at once",
+        f"{name}: saving after this step; a second signal ends at once",
         f"{name}: saved step {step} to {out / 'last.pth'}; continue with --resume",
     ]
     assert [line["step"] for line in lines(out)] == [*range(1, step + 1)]

@@ -482,7 +482,7 @@ def test_after_the_first_stop_signal_and_after_the_run_the_old_handlers_are_back
     assert second == [number] and last(tmp_path / "run")["step"] == 2
     name, saved = signal.Signals(number).name, tmp_path / "run" / "last.pth"
     said = capfd.readouterr().err
-    assert f"{name}: saving soon; a second signal ends at once\n{name}: saved step 2 to {saved}; continue with" in said
+    assert f"{name}: saving after this step; a second signal ends at once\n{name}: saved step 2 to {saved}; continue with" in said
     run("--iters 4 --resume")
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
