@@ -31,7 +31,13 @@ from torchvision.transforms.v2 import functional as VF
 
 IGNORE, NO_CLASS = 255, 254
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
-READABLE = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names and cannot read them
+SUFFIXES = Image.registered_extensions()
+READABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind in Image.OPEN and kind not in STUBS)
+SYSTEM_FILES = (  # of Windows, macOS, Linux and network storage, in lower case; names with a dot in front beside them
+    "thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
+    "@recently-snapshot", "$recycle.bin", "system volume information",
+)  # fmt: skip
 SPLITS = Path(__file__).parent / "splits"
 STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step", "strong"))}
 
@@ -58,14 +64,17 @@ class Item(NamedTuple):
 
 
 def walk(folder, above=()):
-    """Every file below a folder in sorted order; links are followed, unless in a circle, and hidden files left out."""
+    """Yield every file below a folder in sorted order; links are followed, unless in a circle. Hidden files and those
+    of the operating system are skipped."""
     place = os.path.realpath(folder)
     if place in above or not os.path.isdir(place):
         return
     for path in sorted(Path(folder).iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+            continue
+        if path.is_dir():
             yield from walk(path, (*above, place))
-        elif not path.name.startswith(".") and path.name.lower() not in ("thumbs.db", "desktop.ini"):
+        else:
             yield path
 
 
