@@ -7,7 +7,9 @@ Samples and views are functions of (seed, stream, number of the sample), so that
 resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
 """
 
+import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -24,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as VF
@@ -338,19 +341,83 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
+UPRIGHT = dict(enumerate((  # what undoes an EXIF orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
+SUBFILE, BANDS, REDUCED_OR_MASK = 254, 277, 1 | 4  # tags of TIFF; bits of the first
+SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
+THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_translate -b 1 -b 2 -b 3 does"
+
+warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow, not the picture
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a large comment is no reason to refuse a picture
+
+
+def orientation(image):
+    """Return the EXIF orientation of a loaded image; 1 is upright, and so is one with damaged metadata."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises many kinds
+        return 1
+
+
+def count_pages(image):
+    """Return the number of full-size pages of an opened file: slices of a stack, frames of an animation.
+
+    Overviews and masks of a GeoTIFF, the second picture of a phone (MPO) and layers (PSD) are no pages.
+    """
+    count = getattr(image, "n_frames", 1)
+    if image.format in ("MPO", "PSD"):
+        return 1
+    if image.format != "TIFF" or count == 1:
+        return count
+    sizes = []
+    for number in range(count):
+        image.seek(number)
+        if not image.tag_v2.get(SUBFILE, 0) & REDUCED_OR_MASK:
+            sizes.append(image.size)
+    image.seek(0)
+    return sizes.count(image.size)
+
+
+def what_is_lost(image, mode):
+    """Return what Pillow would lose of an opened file without a word, and what to do about it; usually ""."""
+    pages = count_pages(image)
+    if pages > 1:
+        return f"holds {pages} pages; expected one; write each page to a file of its own"
+    bands = image.tag_v2.get(BANDS, 1) if image.format == "TIFF" else 1
+    if bands > 4:
+        return f"holds {bands} bands; {THREE_BANDS}"
+    in_color = image.mode[0] not in "IF"
+    if SIXTEEN_BITS.search(str(image.tile)) if in_color else mode != "L":
+        return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255"
+    return ""
+
+
 def open_image(path, mode):
-    """A file's pixels: an upright RGB image ("RGB"), or a mask's values as they are stored ("L"). Raises InputError."""
+    """Return a file's pixels: an upright image ("RGB", "RGBA"), or a mask's values as they are stored ("L").
+
+    Raises InputError for a file that Pillow cannot read, or cannot read without loss.
+    """
     try:
         with Image.open(path) as image:
-            stored = image.mode
+            lost = what_is_lost(image, mode)
             image.load()
-            if mode == "RGB":
-                ImageOps.exif_transpose(image, in_place=True)
-                image = image.convert("RGB")
+            if mode != "L":
+                turn = UPRIGHT.get(orientation(image))
+                image = image if turn is None else image.transpose(turn)
+                image = image.convert(mode)
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]
+        raise InputError(f"{path} is too large ({size}); cut it into tiles, as gdal_retile.py does") from error
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
-        raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
-    if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
-        raise InputError(f"{path} is a {stored} image; convert it to 8 bits per channel")
+        advice = "replace the file, or leave this image out"
+        if isinstance(error, UnidentifiedImageError) and suffix(Path(path)) in (".tif", ".tiff"):
+            advice = f"perhaps it has more bands than four; {THREE_BANDS}"
+        raise InputError(f"{path} could not be read ({error}); {advice}") from error
+    if lost:
+        raise InputError(f"{path} {lost}")
     return image
 
 
