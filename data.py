@@ -433,6 +433,8 @@ def read(item, data):
     convert = "tools/own_images.py converts other masks"
     if data.name not in ("folder", "shapes"):
         convert = f"as {data.name}'s own archive has them; there are copies with others"
+    if mask.format != "PNG":  # whatever its suffix says; JPEG changes values
+        raise InputError(f"mask {item.mask} is a {mask.format} file; expected PNG of class indices ({convert})")
     if mask.mode not in ("L", "P"):
         raise InputError(f"mask {item.mask} is a {mask.mode} image; expected class indices ({convert})")
     if mask.size != image.size:
