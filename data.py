@@ -139,17 +139,28 @@ def read_text(file):
         return written.decode("latin-1")
 
 
+def spellings(line):
+    """Yield the image ids that a line of a list may mean: "p1", "p1.jpg", "images/p1.jpg masks/p1.png", "images\\p1"."""
+    yield from (line, line.strip())
+    for name in (line.strip(), re.split(r"[\s,;]", line.strip())[0]):
+        *above, name = re.split("images/", name.replace("\\", "/"), flags=re.IGNORECASE)
+        if above and above[-1].endswith("val/"):  # images of another folder, with ids of their own
+            continue
+        path = Path(name)
+        yield path.as_posix()
+        if suffix(path) in READABLE:
+            yield path.with_suffix("").as_posix()
+
+
 def id_list(file, known=()):
-    """The names in a file, one per line; as they stand in `known` where only an image's suffix, a space at the end or
-    the Unicode form is different. Raises InputError where there are none."""
+    """Return the names in a file, one per line, as they are spelled in `known`. Raises InputError if there are none."""
     lines = read_text(file).splitlines() if Path(file).is_file() else []
     spelled = {id.strip(): id for id in known} | {id: id for id in known}
     ids = []
     for line in filter(str.strip, lines):
         line = unicodedata.normalize("NFC", line)
-        name = line if line in spelled else line.strip()
-        bare = str(Path(name).with_suffix("")) if suffix(Path(name)) in READABLE else name
-        ids.append(spelled.get(name, spelled.get(bare, name)))
+        meant = next((name for name in spellings(line) if name in spelled), None)
+        ids.append(line.strip() if meant is None else spelled[meant])
     if not ids:
         raise InputError(f"the list {file} is not there, or empty; expected one image id per line")
     return ids
