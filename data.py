@@ -20,6 +20,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as VF
@@ -352,10 +353,6 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
-UPRIGHT = dict(enumerate((  # what undoes an EXIF orientation
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
 SUBFILE, BANDS, REDUCED_OR_MASK = 254, 277, 1 | 4  # tags of TIFF; bits of the first
 SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
 THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_translate -b 1 -b 2 -b 3 does"
@@ -363,14 +360,6 @@ THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_
 warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow, not the picture
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a large comment is no reason to refuse a picture
-
-
-def orientation(image):
-    """Return the EXIF orientation of a loaded image; 1 is upright, and so is one with damaged metadata."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises many kinds
-        return 1
 
 
 def count_pages(image):
@@ -416,8 +405,8 @@ def open_image(path, mode):
             lost = what_is_lost(image, mode)
             image.load()
             if mode != "L":
-                turn = UPRIGHT.get(orientation(image))
-                image = image if turn is None else image.transpose(turn)
+                with suppress(Exception):  # damaged metadata
+                    ImageOps.exif_transpose(image, in_place=True)
                 image = image.convert(mode)
     except Image.DecompressionBombError as error:
         size = str(error).partition(",")[0]
