@@ -102,24 +102,6 @@ def files(folder, suffixes=READABLE):
     return found
 
 
-CONVERTERS = {
-    ".heic .heif": "a photograph as phones store them: `magick mogrify -format jpg *.heic` converts",
-    ".npy .npz .mat": "an array: Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
-    ".json .xml": "polygons or lists, not pixels: export masks from your tool, as Labelme's labelme2voc or CVAT's "
-    "'Segmentation mask'",
-    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "a camera's raw data: export JPEG files from your raw converter",
-}
-
-
-def left_out(paths):
-    """A sentence on the files that are no images by their suffix, and on what converts them; none: falsy."""
-    others = [path for path in paths if suffix(path) not in READABLE]
-    known = [(path, text) for path in others for ends, text in CONVERTERS.items() if suffix(path) in ends.split()]
-    first, advice = known[0] if known else (others[0] if others else None, "")
-    said = f"{len(others)} files are left out, for their suffix is no image's, first {first}"
-    return others and f"{said}{advice and f', which holds {advice}'}"
-
-
 def find_root(root, names, folders):
     """`root`, or the first of `root/name`, that holds the folders. Raises InputError where none does."""
     for place in (Path(root), *(Path(root) / name for name in names)):
