@@ -41,6 +41,7 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change v
 MOST = 65536  # colors of a mask; a photograph has more
 LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
 NODATA = -1e308  # stands for NaN and infinity, as rasters hold them
+SERIES = "frames of one video or tiles of one image belong on one side: --val FILE or a folder val/ decides otherwise"
 CONVERTERS = {
     ".heic .heif": "a photograph of a phone; `magick mogrify -format jpg *.heic` converts it",
     ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data of a camera; export JPEG files from your raw converter",
@@ -120,7 +121,7 @@ def folders_beside(root):
 
 
 class Mask(NamedTuple):
-    """The values of a mask and their colors, in the same order, and the class of each."""
+    """What a mask holds: its values and their colors in the same order, and, once `prepare` has run, their classes."""
 
     path: Path
     format: str  # by content
@@ -129,20 +130,18 @@ class Mask(NamedTuple):
     values: np.ndarray | None  # (n,1); None: several bands
     colors: np.ndarray | None  # (n,4): red, green, blue, alpha; None: more than 8 bits
     pixels: np.ndarray  # (n,), how many have this value
-    by_value: bool = True  # else by color
-    table: dict = {}  # {value or color: class or 255}
+    codes: np.ndarray | None = None  # the values or the colors
+    table: dict = {}  # {code: class or 255}
     reach: int = 0  # so near a code of the table, in each channel, another one has its class
-
-    def codes(self):
-        """Return the values or the colors."""
-        return self.values if self.by_value else self.colors
+    stays: bool = False  # written by this tool, and not to be converted again
 
     def classes(self):
         """Return the class of each code, NO_CLASS if the table does not say."""
-        if not self.table:
-            return np.full(len(self.pixels), NO_CLASS)
-        distance = np.abs(self.codes()[:, None] - np.array([*self.table])).max(2)  # (n, length of the table)
-        classes = np.array([*self.table.values()])[distance.argmin(1)]
+        listed = {code: label for code, label in self.table.items() if len(code) == self.codes.shape[1]}
+        if not listed:
+            return np.full(len(self.codes), NO_CLASS)
+        distance = np.abs(self.codes[:, None] - np.array([*listed])).max(2)  # (n, listed)
+        classes = np.array([*listed.values()])[distance.argmin(1)]
         return np.where(distance.min(1) <= self.reach, classes, NO_CLASS)
 
 
@@ -258,15 +257,14 @@ def read_rows(file):
     if written.lstrip()[:1] in ("[", "{"):
         raise InputError(f"--colors {file} is JSON; {expected}; write its names and colors as such lines")
     lines = [line for line in written.splitlines() if line.strip(" ,;\t")]
+    lines = [line for line in lines if not re.match("#(?![0-9a-fA-F]{6})", line)]  # comments
     rows, most = {}, 4
     for line in lines:
-        if re.match("#(?![0-9a-fA-F]{6})", line):  # a comment, no color
-            continue
         found = read_line(line, most)
         if line == lines[0] and not found and re.match(r"name|label|class|\D*$", line, re.IGNORECASE):  # titles
             most = 4 if re.search("[,;] *a", line, re.IGNORECASE) else 3
             continue
-        if not found or len(found[1]) != len([*rows, found[1]][0]):
+        if not found:
             raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}; correct the line")
         name, code = found
         if name == "?" or code in rows:
@@ -316,35 +314,28 @@ def held(masks):
     return set().union(*(mask.values.ravel().tolist() for mask in masks))
 
 
-def prepare(root, masks, names, table, reach=0):
-    """Return the masks that stay, for this tool has written them and classes.txt names their indices, and the others.
+def prepare(masks, names, table, reach=0):
+    """Return the masks with the codes, values or colors, by which they are read, and the table of their classes.
 
-    table: that of --colors, or {}; then masks with one band, and one palette, are read by value.
+    Class indices that this tool has written stay, if classes.txt names them. Other masks are read by value if they have
+    one band and no palette of their own, else by color; or as all lines of the table are.
     """
-    stay = [mask for mask in masks if mask.indexed and names and held([mask]) <= {*range(len(names)), IGNORE}]
-    paths = [mask.path for mask in stay]
-    others = [mask for mask in masks if mask.path not in paths]
-    by_value = len(next(iter(table), ())) == 1
-    if not table and all(mask.values is not None for mask in others):
-        pairs = {(*value, *color) for mask in masks if mask.mode == "P" for value, color in zip(mask.values, mask.colors)}
-        by_value = len(pairs) == len({value for value, *_ in pairs})  # each value has one color
-    for mask in others:
-        if mask.indexed and not by_value:
-            raise InputError(
-                f"mask {mask.path} is class indices already, others are colors; expected {root / 'classes.txt'} to name "
-                "all indices from 0 on; write it first"
-            )
-        if (mask.values if by_value else mask.colors) is None:
-            kind = "values" if by_value else "colors"
-            raise InputError(f"mask {mask.path} is a {mask.mode} image; expected {kind}, as the others or the table have")
-    for mask in stay:
-        if any(table.get((value,), value) != value for value in held([mask])):
-            raise InputError(
-                f"mask {mask.path} is class indices already, and the table gives its values other classes; expected new "
-                "masks only; convert them in a folder of their own"
-            )
-    stay = [mask._replace(table=indices(names)) for mask in stay]
-    return stay, [mask._replace(by_value=by_value, table=table, reach=reach) for mask in others]
+    prepared, kinds = [], {len(code) for code in table}
+    for mask in masks:
+        if mask.indexed and names and held([mask]) <= {*range(len(names)), IGNORE}:
+            if any(table.get((value,), value) != value for value in held([mask])):
+                raise InputError(
+                    f"mask {mask.path} is class indices already, and the table gives its values other classes; expected "
+                    "new masks; convert them in a folder of their own"
+                )
+            prepared.append(mask._replace(codes=mask.values, table=indices(names), stays=True))
+            continue
+        by_value = mask.mode != "P" or mask.indexed
+        if len(kinds) == 1 and not mask.indexed:
+            by_value = kinds == {1}
+        first, second = (mask.values, mask.colors) if by_value else (mask.colors, mask.values)
+        prepared.append(mask._replace(codes=second if first is None else first, table=table, reach=reach))
+    return prepared
 
 
 class Row(NamedTuple):
@@ -352,23 +343,25 @@ class Row(NamedTuple):
 
     code: str
     label: int  # class, 255 or NO_CLASS
-    pixels: list
-    masks: list  # in which it occurs
+    counts: dict  # {mask: pixels}
+
+    @property
+    def pixels(self):
+        return sum(self.counts.values())
 
 
 def tally(masks):
-    """Return a Row for each value or color, the most frequent first; those near or far from listed ones are summed up."""
+    """Return a Row for each value or color, the most frequent first. --nearest sums up those that are not listed."""
     rows = {}
     for mask in masks:
-        for code, label, pixels in zip(mask.codes().tolist(), mask.classes().tolist(), mask.pixels.tolist()):
+        for code, label, pixels in zip(mask.codes.tolist(), mask.classes().tolist(), mask.pixels.tolist()):
             name = text(code)
             if mask.reach and tuple(code) not in mask.table:
-                name, label = ("far", IGNORE) if label == NO_CLASS else ("near", label)
-            row = rows.setdefault((name, label), Row(name, label, [], []))
-            row.pixels.append(pixels)
-            if mask.path not in row.masks[-1:]:
-                row.masks.append(mask.path)
-    return sorted(rows.values(), key=lambda row: -sum(row.pixels))
+                name = "others, far" if label == NO_CLASS else "others, near"
+                label = IGNORE if label == NO_CLASS else label
+            counts = rows.setdefault((name, label), Row(name, label, {})).counts
+            counts[mask.path] = counts.get(mask.path, 0) + pixels
+    return sorted(rows.values(), key=lambda row: -row.pixels)
 
 
 def text(code):
@@ -382,9 +375,16 @@ def show(rows, names, out):
     """Print the table."""
     print(f"{'value or color':>16} {'pixels':>12} {'masks':>6}  {'first mask':30} is", file=out)
     for row in rows:
-        meaning = {IGNORE: "255 = ignore", NO_CLASS: "?"}.get(row.label) or f"{row.label} {names[row.label]}"
-        slip = " (a slip?)" if row.label < NO_CLASS and sum(row.pixels) < FEW else ""
-        print(f"{row.code:>16} {sum(row.pixels):12,} {len(row.masks):6}  {row.masks[0].name:30} {meaning}{slip}", file=out)
+        if row.label == NO_CLASS:
+            meaning = "?"
+        elif row.label == IGNORE:
+            meaning = "255 = ignore"
+        else:
+            meaning = f"{row.label} {names[row.label]}"
+            if row.pixels < FEW:
+                meaning += " (a slip?)"
+        first = next(iter(row.counts)).name
+        print(f"{row.code:>16} {row.pixels:12,} {len(row.counts):6}  {first:30} {meaning}", file=out)
 
 
 def two_conventions(masks):
@@ -396,61 +396,68 @@ def two_conventions(masks):
     return f"{len(full)} masks hold only 0 and 255, first {full[0]}, and {len(ones)} hold 1, first {ones[0]}"
 
 
-def problem_with(stay, others, names):
+def problem_with(masks, names):
     """Return why the masks are no class indices of these names, or ""."""
-    if not all(mask.by_value for mask in others):
-        return "the masks hold colors, or palettes that differ"
-    odd = [mask for mask in others if mask.format != "PNG" or mask.mode not in ("L", "P")]
+    colored = [mask for mask in masks if mask.values is None]
+    if colored:
+        return f"{len(colored)} masks hold colors, first {colored[0].path}"
+    colors = {(*value, *color) for mask in masks if mask.mode == "P" for value, color in zip(mask.values, mask.colors)}
+    if len(colors) > len({value for value, *_ in colors}):
+        return "the masks have different palettes"
+    odd = [mask for mask in masks if mask.format != "PNG" or mask.mode not in ("L", "P")]
     if odd:
         return f"{len(odd)} masks are no 8-bit PNG files, first {odd[0].path} ({odd[0].format}, mode {odd[0].mode})"
-    classes = sorted(held(stay + others) - {IGNORE})
+    classes = sorted(held(masks) - {IGNORE})
     if len(classes) < 2:
         return "the masks hold fewer than two classes"
     wrong = [value for value in classes if value not in range(min(len(names), NO_CLASS))]
     if not wrong:
-        return two_conventions(stay + others)
-    first = next(mask.path for mask in others if wrong[0] in mask.values)
-    problem = f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}; there are {len(names)} classes"
+        return two_conventions(masks)
+    first = next(mask.path for mask in masks if wrong[0] in mask.values)
+    problem = f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}, and there are {len(names)} classes"
     if classes == [*range(len(classes))]:
         raise InputError(f"{problem}; expected a line of classes.txt for each, often background as the first; add it")
     return problem
 
 
 def accept_indices(root, masks, names):
-    """Return the names of the classes and the masks, if these are class indices. Otherwise print what they hold, and
+    """Return the names of the classes, and the masks, if these are class indices. Otherwise print what they hold, and
     lines for classes.csv, and raise InputError."""
-    stay, others = prepare(root, masks, names, {})
     known = names
-    if not names and others[0].by_value:
-        known = [f"class {index}" for index in range(len(held(others) - {IGNORE}))]
-    problem = problem_with(stay, others, known)
+    if not names and all(mask.values is not None for mask in masks):
+        known = [f"class {index}" for index in range(len(held(masks) - {IGNORE}))]
+    problem = problem_with(masks, known)
     if not problem:
-        return known, stay, [mask._replace(table=indices(known)) for mask in others]
-    rows = tally(others)
-    show(tally(stay) + rows[:SHOWN], names, sys.stderr)
-    if len(rows) > SHOWN or any(mask.format in LOSSY for mask in others):
-        print(f"{len(rows)} in all; if edges are mixed, list only the true ones and add --nearest", file=sys.stderr)
+        return known, [mask._replace(codes=mask.values, table=indices(known)) for mask in masks]
+    masks = prepare(masks, names, {})
+    rows = tally([mask for mask in masks if not mask.stays])
+    show(tally([mask for mask in masks if mask.stays]) + rows[:SHOWN], names, sys.stderr)
+    if len(rows) > SHOWN or any(mask.format in LOSSY for mask in masks):
+        print(f"{len(rows)} in all; of JPEG files and soft edges list the true ones, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         print(f"?,{row.code}", flush=True)
     if names:
         problem += f" (classes.txt: {', '.join(names)})"
     raise InputError(
-        f"{problem}; expected class indices 0, 1, 2, ... and 255; save the lines above as classes.csv, with a class or "
-        f"ignore for each ?, then: python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
+        f"{problem}; expected class indices 0, 1, 2, ... and 255; correct the masks, or save the lines above as "
+        f"classes.csv, with a class or ignore for each ?, then: python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
     )
 
 
-def apply_table(root, masks, names, file, nearest):
-    """Return the names of the classes and the masks, as --colors says. Raises InputError if it lacks a code."""
-    table, names = read_table(file, names)
-    stay, others = prepare(root, masks, names, table, NEAR if nearest else 0)
-    for row in tally(others):
+def apply_table(masks, listed, file, nearest):
+    """Return the names of the classes, and the masks, as --colors says. Raises InputError if it lacks a code.
+
+    listed: the names in classes.txt, or [].
+    """
+    table, names = read_table(file, listed)
+    masks = prepare(masks, listed, table, NEAR if nearest else 0)
+    for row in tally(masks):
         if row.label == NO_CLASS:
             raise InputError(
-                f"{row.code} is not in {file}: {sum(row.pixels)} pixels in {len(row.masks)} masks, first {row.masks[0]}; "
+                f"{row.code} is not in {file}: {row.pixels} pixels in {len(row.counts)} masks, first {[*row.counts][0]}; "
                 "expected all values and colors; add lines, or --nearest for JPEG and soft edges"
             )
-    return names, stay, others
+    return names, masks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,8 +466,8 @@ def apply_table(root, masks, names, file, nearest):
 
 def convert(places, masks):
     """Replace masks by class indices, all at the end; the originals go to masks-painted/, or masks-painted-2/."""
-    changes = {mask.path: mask for mask in masks}
-    places = [place for place in places if set(changes) & set(files(place / "masks").values())]
+    changes = {mask.path: mask for mask in masks if not mask.stays}
+    places = [place for place in places if not set(changes).isdisjoint(files(place / "masks").values())]
     for place in places:
         shutil.rmtree(place / "masks.tmp", ignore_errors=True)
         for id, path in files(place / "masks").items():
@@ -469,7 +476,8 @@ def convert(places, masks):
             if path in changes:
                 classes = changes[path].classes()
                 classes[classes == NO_CLASS] = IGNORE
-                save_mask(classes.astype(np.uint8)[read_mask(path)[1]], target)
+                _, where = read_mask(path)
+                save_mask(classes.astype(np.uint8)[where], target)
             else:
                 shutil.copy(path, target)
     for place in places:
@@ -509,13 +517,14 @@ def shrink(root, side):
     return target
 
 
-def choose_validation(root, pairs, useful, listed):
+def choose_validation(root, pairs, inside, useful, listed):
     """Return the ids to validate on, and how they were chosen.
 
-    useful: the ids of the masks that show a class; listed: the file of --val, or None.
+    inside: the ids of val/; useful: those of masks that show a class; listed: the file of --val, or None.
     """
-    inside = [id for id in pairs if id.startswith("val/")]
     file = listed or root / "val.txt"
+    if len(useful) < 2:
+        raise InputError(f"{root} has {len(useful)} masks that show a class; expected two; annotate more images")
     if inside and listed:
         raise InputError(f"--val {listed} and {root / 'val'} both say what to validate on; expected one; move val away")
     if inside:
@@ -523,14 +532,11 @@ def choose_validation(root, pairs, useful, listed):
     elif listed or file.is_file():
         ids, chosen = list(dict.fromkeys(id_list(file, pairs))), f"those of {file}"
     else:
-        return useful[4::5] or useful[-1:], (
-            "every fifth mask by name; frames of one video or tiles of one image belong to one side, so choose with --val "
-            "FILE or a folder val/ if there are any"
-        )
+        ids, chosen = useful[4::5] or useful[-1:], "every fifth mask by name; " + SERIES
     wrong = [id for id in ids if id not in pairs or pairs[id][1] is None]
     if wrong:
         raise InputError(f"{wrong[0]} is to validate on and has no image or no mask; expected both, as of {useful[0]}")
-    if not set(useful) - set(ids):
+    if set(useful) <= set(ids):
         raise InputError(f"all masks are to validate on ({chosen}); expected some to learn from; choose fewer")
     return ids, chosen
 
@@ -554,8 +560,8 @@ def crop_for(short_side):
 
 def remarks_on_masks(masks, rows, names):
     """Return sentences on what may be wrong with the masks."""
-    total = sum(sum(row.pixels) for row in rows)
-    ignored = sum(sum(row.pixels) for row in rows if row.label == IGNORE)
+    total = sum(row.pixels for row in rows)
+    ignored = sum(row.pixels for row in rows if row.label == IGNORE)
     remarks = [f"255 is {ignored / total:.1%} of the pixels of the masks"]
     if ignored > total / 2:
         remarks[0] += ", which are never learned; give the background a class of its own if it is to be predicted"
@@ -610,47 +616,54 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
-    """Check the folder, convert its masks if asked to, write its lists, and print a summary. Raises InputError."""
-    root = Path(args.folder)
-    pairs, left = list_pairs(root)
-    places = [root]
-    if (root / "val").is_dir():
-        more, others = list_pairs(root / "val")
-        pairs |= {f"val/{id}": pair for id, pair in more.items()}
-        left = left or others
-        places.append(root / "val")
-    looks = look_at_all(pairs)
-    masks = [seen.mask for seen in looks.values() if seen.mask]
-    names = read_names(root / "classes.txt")
-    if args.colors:
-        names, stay, others = apply_table(root, masks, names, args.colors, args.nearest)
-    else:
-        names, stay, others = accept_indices(root, masks, names)
-    useful = {mask.path for mask in stay + others if (mask.classes() < NO_CLASS).any()}
-    useful = [id for id, (_, mask) in pairs.items() if mask in useful]
-    val, chosen = choose_validation(root, pairs, useful, args.val)
-
-    print(f"{len(pairs)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
-    rows = tally(stay + others)
+def summarize(root, looks, masks, names, remarks):
+    """Print the table and the remarks."""
+    rows = tally(masks)
     show(rows, names, sys.stdout)
-    remarks = [left, *remarks_on_masks(masks, rows, names), *remarks_on_images(root, looks)]
-    if args.colors:
-        remarks.append(f"{len(others)} masks are converted, {len(stay)} are class indices already and stay")
+    remarks += remarks_on_masks(masks, rows, names) + remarks_on_images(root, looks)
     for remark in filter(None, remarks):
         print(f"- {remark}")
+
+
+def write(root, masks, names, val, args):
+    """Convert the masks if asked to, and write the lists and smaller copies. Return the folder to train on."""
     try:
         if args.colors:
-            convert(places, others)
+            convert([root, root / "val"], masks)
         write_lists(root, names, val, bool(args.val))
-        small = shrink(root, args.shrink) if args.shrink else None
+        return shrink(root, args.shrink) if args.shrink else root
     except OSError as error:
         raise InputError(
             f"{root} cannot be written to ({error}); expected to write classes.txt, val.txt and masks there; make a folder "
             f"of links and use it: mkdir mine && ln -s {shlex.quote(str(root.resolve()))}/* mine/"
         ) from error
-    if small:
-        return main(parse_args([str(small)]))
+
+
+def main(args):
+    """Check the folder, convert its masks if asked to, write its lists, and print a summary. Raises InputError."""
+    root = Path(args.folder)
+    pairs, left = list_pairs(root)
+    inside, left_in_val = list_pairs(root / "val") if (root / "val").is_dir() else ({}, "")
+    inside = {f"val/{id}": pair for id, pair in inside.items()}
+    pairs |= inside
+    looks = look_at_all(pairs)
+    masks = [seen.mask for seen in looks.values() if seen.mask]
+    names = read_names(root / "classes.txt")
+    if args.colors:
+        names, masks = apply_table(masks, names, args.colors, args.nearest)
+    else:
+        names, masks = accept_indices(root, masks, names)
+    useful = {mask.path for mask in masks if (mask.classes() < NO_CLASS).any()}
+    useful = [id for id, (_, mask) in pairs.items() if mask in useful]
+    val, chosen = choose_validation(root, pairs, list(inside), useful, args.val)
+
+    stay = sum(mask.stays for mask in masks)
+    print(f"{len(pairs)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
+    kept = f"{len(masks) - stay} masks to convert; {stay} are class indices already and stay" if args.colors else ""
+    summarize(root, looks, masks, names, [left, left_in_val, kept])
+    place = write(root, masks, names, val, args)
+    if place != root:
+        return main(parse_args([str(place)]))
     print(train_command(root, looks, all_annotated=all(mask for _, mask in pairs.values())))
 
 
