@@ -123,9 +123,10 @@ def read_text(file):
 
 
 def spellings(line):
-    """Yield the image ids that a line of a list may mean: "p1", "p1.jpg", "images/p1.jpg masks/p1.png", "images\\p1"."""
-    yield from (line, line.strip())
-    for name in (line.strip(), re.split(r"[\s,;]", line.strip())[0]):
+    r"""Yield the image ids that a line may mean: "p1", "p1.jpg", "images/p1.jpg masks/p1.png", "images\p1.jpg"."""
+    yield line
+    columns = line.strip(), line.split()[0], re.match(r".*?\.\w+(?=[\s,;])|", line.strip())[0]
+    for name in columns:
         *above, name = re.split("images/", name.replace("\\", "/"), flags=re.IGNORECASE)
         if above and above[-1].endswith("val/"):  # images of another folder, with ids of their own
             continue

@@ -323,11 +323,6 @@ def prepare(masks, names, table, reach=0):
     prepared, kinds = [], {len(code) for code in table}
     for mask in masks:
         if mask.indexed and names and held([mask]) <= {*range(len(names)), IGNORE}:
-            if any(table.get((value,), value) != value for value in held([mask])):
-                raise InputError(
-                    f"mask {mask.path} is class indices already, and the table gives its values other classes; expected "
-                    "new masks; convert them in a folder of their own"
-                )
             prepared.append(mask._replace(codes=mask.values, table=indices(names), stays=True))
             continue
         by_value = mask.mode != "P" or mask.indexed
@@ -451,6 +446,13 @@ def apply_table(masks, listed, file, nearest):
     """
     table, names = read_table(file, listed)
     masks = prepare(masks, listed, table, NEAR if nearest else 0)
+    new_values = any(mask.codes.shape[1] == 1 for mask in masks if not mask.stays)
+    for mask in masks:
+        if new_values and mask.stays and any(table.get((value,), value) != value for value in held([mask])):
+            raise InputError(
+                f"mask {mask.path} is class indices already, and its values have other classes in {file}, as in the new "
+                "masks; expected one meaning; convert the new masks in a folder of their own"
+            )
     for row in tally(masks):
         if row.label == NO_CLASS:
             raise InputError(
