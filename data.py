@@ -336,7 +336,7 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
-SUBFILE, BANDS, REDUCED_OR_MASK = 254, 277, 1 | 4  # tags of TIFF; bits of the first
+SUBFILE, BITS, BANDS, REDUCED_OR_MASK = 254, 258, 277, 1 | 4  # tags of TIFF; bits of the first
 SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
 THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_translate -b 1 -b 2 -b 3 does"
 
@@ -369,11 +369,11 @@ def what_is_lost(image, mode):
     pages = count_pages(image)
     if pages > 1:
         return f"holds {pages} pages; expected one; write each page to a file of its own"
-    bands = image.tag_v2.get(BANDS, 1) if image.format == "TIFF" else 1
-    if bands > 4:
-        return f"holds {bands} bands; {THREE_BANDS}"
-    in_color = image.mode[0] not in "IF"
-    if SIXTEEN_BITS.search(str(image.tile)) if in_color else mode != "L":
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(BANDS, 1) > 4:
+        return f"holds {tags[BANDS]} bands; {THREE_BANDS}"
+    deep = SIXTEEN_BITS.search(str(image.tile)) or max(tags.get(BITS, (8,))) > 8
+    if deep if image.mode[0] not in "IF" else mode != "L":  # the values of a gray mask are kept
         return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255"
     return ""
 

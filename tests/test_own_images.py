@@ -197,7 +197,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_slip_is_named(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; expected a line of classes.txt for each, often"
+    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a line for each from 0 on, often back"
     refused(says, root)
     assert not capsys.readouterr().out  # no lines for a conversion
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
@@ -211,7 +211,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_
     assert row[0].split() == ["3", "1", "1", "photo", "3.png", "3", "maize", "(a", "slip?)"]
     mask[0, 0] = 7
     Image.fromarray(mask).save(root / "masks" / "photo 3.png")
-    refused("masks hold 7, first .*photo 3.png, and there are 4 classes .classes.txt: soil, wheat", root)
+    refused("masks hold 7, first .*photo 3.png, and there are 4 classes; .*classes.txt: soil, wheat", root)
 
 
 def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
@@ -254,7 +254,8 @@ BLACK, ROAD = (0, 0, 0, 255), (128, 64, 128, 255)
     ("0 0 0\tVoid\n128 64 128\tStraße\n", (BLACK, ROAD)), ("Void,0,0,0,\n\"Straße\",128,64,128,\n", (BLACK, ROAD)),
     ("# label:color_rgb:parts:actions\nVoid:0,0,0::\nStraße:128,64,128:a,b:c\n", (BLACK, ROAD)),
     ("Void,#000000\nStraße,#804080\n", (BLACK, ROAD)), ("#000000,Void\n#804080,Straße\n", (BLACK, ROAD)),
-    ("r,g,b,name\n0,0,0,Void\n128,64,128,Straße\n", (BLACK, ROAD)),
+    ("Void 0 0 0\nStraße 128 64 128\n", (BLACK, ROAD)), ("id,name,color\n0,Void,#000000\n1,Straße,#804080\n", (BLACK, ROAD)),
+    ("Void: [0, 0, 0]\nStraße: [128, 64, 128]\n", (BLACK, ROAD)), ("r,g,b,name\n0,0,0,Void\n128,64,128,Straße\n", (BLACK, ROAD)),
     ("Pixel Value, Class\n0, Void\n2.5, Straße\n", ((0,), (2.5,))),
     ("name,value\nVoid,nan\nStraße,-9999\n", ((own_images.NODATA,), (-9999,))),
     ("Void,7,7,7,0\nStraße,1,2,3,128\n", ((0, 0, 0, 0), (1, 2, 3, 128))), ("Void,1\nStraße,0,0,0\n", ((1,), BLACK)),
@@ -291,16 +292,21 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
     assert "as a photograph does; expected a color per class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("before, after", [("", "_mask"), ("", ".jpg___fuse"), ("mask_", ""), ("gt-", "_seg"), ("", ".jpg")])
-def test_names_of_other_tools_get_a_command_that_renames_them(tmp_path, before, after):
+@pytest.mark.parametrize("image, mask", [
+    ("{}", "{}_mask"), ("{}", "{}.jpg___fuse"), ("{}", "mask_{}"), ("{}", "gt-{}_seg"), ("{}", "{}.jpg"),
+    ("{}_sat", "{}_mask"), ("img_{}", "label_{}"), ("{}", "SegmentationClass/{}"),
+])  # fmt: skip
+def test_names_of_other_tools_get_a_command_that_renames_them(tmp_path, image, mask):
     root = mine(tmp_path / "mine", images=12, annotated=11)  # photo 1 and photo 10
-    for path in sorted((root / "masks").iterdir()):
-        path.rename(path.with_name(f"{before}{path.stem}{after}.png"))
+    (root / "masks" / "SegmentationClass").mkdir()
+    for folder, pattern in ((root / "images", image), (root / "masks", mask)):
+        for path in sorted(folder.glob("photo *")):
+            path.rename(folder / (pattern.format(path.stem) + path.suffix))
     (root / "masks" / "_classes.csv").write_text("Pixel Value, Class\n")
-    said = refused("11 masks have no image of their name, first .*; expected it without ", root)
+    said = refused("11 masks have no image of their name, first .*; expected an image's name; rename", root)
     subprocess.run(["bash", "-c", said.partition("rename them: ")[2]], cwd=root / "masks", check=True)
     call(root)
-    assert len([*(root / "masks").glob("photo *.png")]) == 11
+    assert len([*(root / "masks").glob("*photo *.png")]) == 11
 
 
 def test_masks_of_one_class_each_are_to_be_merged(tmp_path):

@@ -46,9 +46,10 @@ CONVERTERS = {
     ".heic .heif": "a photograph of a phone; `magick mogrify -format jpg *.heic` converts it",
     ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data of a camera; export JPEG files from your raw converter",
     ".npy .npz .mat": "an array; Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
-    ".json .xml": "polygons, not pixels; export masks from your tool, as labelme2voc or CVAT's 'Segmentation mask'",
+    ".json .xml .geojson .shp": "polygons, no pixels; export masks, as labelme2voc or CVAT's 'Segmentation mask' do",
     ".txt": "text, perhaps YOLO's polygons; export masks from your tool",
     ".nii .gz .dcm .mha .mhd .nrrd .h5 .hdf .hdf5": "a volume; write each slice as a PNG of 8 bits, and its mask, too",
+    ".czi .lif .nd2 .svs .vsi .ims": "a microscope's own format; export TIFF or PNG files of 8 bits, as with Fiji",
     ".mp4 .avi .mov .mkv .webm .mpg .mpeg .m4v .wmv": "a video; `ffmpeg -i clip.mp4 images/%05d.png` writes its frames",
     ".csv": "a table; if it names the classes, --colors reads it",
 }
@@ -71,17 +72,30 @@ def left_out(paths):
     return f"{len(others)} files are left out, because their suffix is no image's, first {first}: {advice}"
 
 
+def surroundings(names, cores):
+    """Return what stands before and after a core in all names, a different core in each; or None."""
+    for core in sorted(filter(None, cores), key=len, reverse=True):  # the longest one that stands in the first name
+        before, found, after = names[0].partition(core)
+        if found:
+            inner = {name.removeprefix(before).removesuffix(after) for name in names}
+            if inner <= cores and len(inner) == len(names):
+                return before, after
+    return None
+
+
 def naming_advice(strays, images, end):
     """Return how to rename or merge masks that have no image of their name; end: their suffix."""
-    for id in sorted(images, key=len, reverse=True):  # the longest name that stands in the first mask's
-        before, found, after = strays[0].partition(id)
-        names = {stray.removeprefix(before).removesuffix(after) for stray in strays if found}
-        if found and names <= set(images) and len(names) == len(strays):
-            rename = f'g="${{f#{before}}}"; mv -n "$f" "${{g%{after}{end}}}{end}"'
-            return f"expected it without {before}{after}; rename them: for f in {before}*{after}{end}; do {rename}; done"
+    front = os.path.commonprefix([*images]).rstrip("0123456789")
+    back = os.path.commonprefix([id[::-1] for id in images])[::-1].lstrip("0123456789")
+    for start, stop in (("", ""), (front, back)):
+        found = surroundings(strays, {id.removeprefix(start).removesuffix(stop) for id in images})
+        if found:
+            before, after = found
+            rename = f'g="${{f#{before}}}"; mv -n "$f" "{start}${{g%{after}{end}}}{stop}{end}"'
+            return f"expected an image's name; rename them: for f in {before}*{after}{end}; do {rename}; done"
     return (
-        "expected the name of an image; rename them, and if an image has several, such as one per class, merge these into "
-        "one mask, see docs/faq.md"
+        "expected an image's name; rename them, and if an image has several, such as one per class, merge these into one "
+        "mask, see docs/faq.md"
     )
 
 
@@ -90,7 +104,7 @@ def list_pairs(place):
     folders = place / "images", place / "masks"
     if not all(folder.is_dir() for folder in folders):
         held = ", ".join(path.name for path in sorted(place.glob("*"))[:8])
-        raise InputError(f"{place} holds {held or 'nothing'}; expected the folders images and masks; make them")
+        raise InputError(f"{place} holds {held or 'nothing'}; expected the folders images and masks; make them, or name a folder that has them")
     images, masks = map(files, folders)
     others = left_out([*walk(folders[0]), *walk(folders[1])])
     strays = [id for id in masks if id not in images]
@@ -221,24 +235,26 @@ def look_at_all(pairs):
 
 
 def read_line(line, most):
-    """Return (name, code) of a line, or None; numbers after the first `most` are none of a color."""
+    """Return (name, code) of a line, or None; of more numbers than `most` the others are no color."""
     line = re.sub(r"#([0-9a-fA-F]{6})\b", lambda found: ",".join(map(str, bytes.fromhex(found[1]))), line)
-    fields = re.split("[,;:\t]", line)
-    if re.match(r"\s*\d+ +\d+ +\d+\s", line):
-        fields = line.split(maxsplit=3)
-    fields = [field.strip(' "') for field in fields]
+    if not re.search("[,;:]", line):  # 0 0 0 name, or name 0 0 0
+        line = re.sub(r"(?<=\d)\s+|\s+(?=\d)", ",", line)
+    fields = [field.strip(" \"'[]()") for field in re.split("[,;:\t]", line)]
     is_number = re.compile(r"-?\d+\.?\d*(e[+-]?\d+)?|nan", re.IGNORECASE).fullmatch
-    numbers = [float(field) for field in fields if is_number(field)][:most]
-    names = [field for field in fields if field and not is_number(field)]
-    if len(numbers) == 3:
-        numbers.append(255.0)
-    if not names or len(numbers) not in (1, 4) or (len(numbers) == 4 and not set(numbers) <= set(range(256))):
+    name = next((field for field in fields if field and not is_number(field)), None)
+    if name is None:
         return None
-    if numbers[0] != numbers[0]:
-        numbers = [NODATA]
-    if numbers[-1] == 0 and len(numbers) == 4:  # fully transparent
-        numbers = [0.0] * 4
-    return names[0], tuple(numbers)
+    place = fields.index(name)
+    numbers = [float(field) for field in fields[place:] if is_number(field)]
+    numbers = numbers or [float(field) for field in fields[:place] if is_number(field)]
+    if len(numbers) == 1:
+        return name, (NODATA if numbers[0] != numbers[0] else numbers[0],)
+    color = numbers[:most]
+    if len(color) == 3:
+        color.append(255.0)
+    if len(color) != 4 or not set(color) <= set(range(256)):
+        return None
+    return name, tuple(color) if color[3] else (0.0,) * 4  # fully transparent: no color
 
 
 def is_ignore(name):
@@ -399,7 +415,7 @@ def problem_with(masks, names):
     colors = {(*value, *color) for mask in masks if mask.mode == "P" for value, color in zip(mask.values, mask.colors)}
     if len(colors) > len({value for value, *_ in colors}):
         return "the masks have different palettes"
-    odd = [mask for mask in masks if mask.format != "PNG" or mask.mode not in ("L", "P")]
+    odd = [mask for mask in masks if mask.format != "PNG" or suffix(mask.path) != ".png" or mask.mode not in ("L", "P")]
     if odd:
         return f"{len(odd)} masks are no 8-bit PNG files, first {odd[0].path} ({odd[0].format}, mode {odd[0].mode})"
     classes = sorted(held(masks) - {IGNORE})
@@ -409,9 +425,12 @@ def problem_with(masks, names):
     if not wrong:
         return two_conventions(masks)
     first = next(mask.path for mask in masks if wrong[0] in mask.values)
-    problem = f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}, and there are {len(names)} classes"
+    problem = (
+        f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}, and there are {len(names)} "
+        "classes; if all values are indices, write a line for each from 0 on, often background, into classes.txt"
+    )
     if classes == [*range(len(classes))]:
-        raise InputError(f"{problem}; expected a line of classes.txt for each, often background as the first; add it")
+        raise InputError(problem)
     return problem
 
 
