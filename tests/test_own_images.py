@@ -85,7 +85,7 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
 def test_the_crop_comes_from_the_short_side_and_without_unlabeled_images_training_is_supervised(tmp_path, capsys):
     assert [own_images.crop_for(side) for side in (20, 127, 128, 300)] == [32, 96, 128, 256]
     call(root := mine(tmp_path / "mine", images=2, annotated=2, size=(200, 127)))
-    options = "--crop 96 --out runs/mine --framework supervised"
+    options = "--crop 96 --framework supervised --out runs/mine"
     assert capsys.readouterr().out.splitlines()[-1] == f"python train.py --dataset folder --root {root} {options}"
     assert (root / "val.txt").read_text() == "photo 1\n"
 
@@ -197,7 +197,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_slip_is_named(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a line for each from 0 on, often back"
+    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a name for each from 0 on, often back"
     refused(says, root)
     assert not capsys.readouterr().out  # no lines for a conversion
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
@@ -367,9 +367,11 @@ def test_the_summary_names_folders_what_is_not_read_and_what_is_odd(tmp_path, ca
     change_masks(root, lambda m, i: np.where(m < 2, 255, i % 3).astype(np.uint8))
     call(root)
     said = capsys.readouterr().out
-    assert "not read: unlabeled/ (1 images), valid/ (1 images); validation images belong into val/images" in said
+    for folder in ("unlabeled", "valid"):
+        assert f"{root / folder} (1 images) is not read; images belong into images/, those to validate" in said
+    assert "notes (" not in said and "masks-painted (" not in said
     assert "images by folder: . 7, trip 1" in said and "1 images have transparent pixels, first photo 6;" in said
-    assert "of the masks, which are never learned; give the background a class of its own" in said
+    assert "what is 255 is never learned; give the background a class of its own" in said
 
 
 def test_folders_in_folders_links_hidden_files_unicode_forms_and_lists_that_are_there_fit(tmp_path, capsys):

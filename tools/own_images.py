@@ -37,7 +37,6 @@ from evaluate import number, run_script  # noqa: E402
 NEAR = 16  # of 255 in each channel; with --nearest so near a color a pixel has its class
 FEW = 50  # pixels; a class of fewer may be a slip
 SHOWN = 40  # lines at most
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change values
 MOST = 65536  # colors of a mask; a photograph has more
 LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
 NODATA = -1e308  # stands for NaN and infinity, as rasters hold them
@@ -53,10 +52,6 @@ CONVERTERS = {
     ".mp4 .avi .mov .mkv .webm .mpg .mpeg .m4v .wmv": "a video; `ffmpeg -i clip.mp4 images/%05d.png` writes its frames",
     ".csv": "a table; if it names the classes, --colors reads it",
 }
-
-# ----------------------------------------------------------------------------------------------------------------------
-# files
-
 
 def left_out(paths):
     """Return a sentence on the files that are no images by their suffix, and on what converts them; or ""."""
@@ -104,7 +99,10 @@ def list_pairs(place):
     folders = place / "images", place / "masks"
     if not all(folder.is_dir() for folder in folders):
         held = ", ".join(path.name for path in sorted(place.glob("*"))[:8])
-        raise InputError(f"{place} holds {held or 'nothing'}; expected the folders images and masks; make them, or name a folder that has them")
+        raise InputError(
+            f"{place} holds {held or 'nothing'}; expected the folders images and masks, a mask under the name of its image; "
+            "make them, or name the folder that has them"
+        )
     images, masks = map(files, folders)
     others = left_out([*walk(folders[0]), *walk(folders[1])])
     strays = [id for id in masks if id not in images]
@@ -114,24 +112,20 @@ def list_pairs(place):
         raise InputError(f"{len(strays)} masks have no image of their name, first {first}; {advice}")
     for folder, found in zip(folders, (images, masks)):
         if not found:
-            raise InputError(f"{folder} holds no image; expected masks/NAME.png for images/NAME.jpg; {others}")
+            raise InputError(f"{folder} holds no image; expected masks/NAME.png for images/NAME.jpg; {others or 'add some'}")
     return {id: (path, masks.get(id)) for id, path in images.items()}, others
 
 
 def folders_beside(root):
-    """Return a sentence on folders beside images/ that hold images and are not read; or ""."""
-    found = []
+    """Yield a sentence on the folders beside images/ that hold images and are not read."""
     for path in sorted(root.iterdir()):
         count = sum(suffix(file) in READABLE for file in walk(path))
         if count and path.name not in ("images", "masks", "val") and not path.name.startswith("masks-painted"):
-            found.append(f"{path.name}/ ({count} images)")
-    if not found:
-        return ""
-    return f"not read: {', '.join(found)}; validation images belong into val/images, unlabeled ones into images"
+            yield f"{path} ({count} images) is not read; images belong into images/, those to validate on into val/images"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# images and masks
+# reading
 
 
 class Mask(NamedTuple):
@@ -184,54 +178,47 @@ class Look(NamedTuple):
     """What an image and its mask hold."""
 
     size: tuple
-    turned: bool = False  # by an EXIF tag, and the mask cannot tell whether it is, too
-    clear: bool = False  # some pixels are fully transparent
-    mask: Mask | None = None
+    turned: bool  # by an EXIF tag, and the mask cannot tell whether it is, too
+    clear: bool  # some pixels are fully transparent
+    mask: Mask | None
 
 
-def look(pair):
-    """Return the Look of (image, mask or None), or the InputError if they do not fit."""
-    path, mask = pair
-    try:
-        image = open_image(path, "RGBA")
-        clear = image.getchannel("A").histogram()[0] > 0
-        if mask is None:
-            return Look(image.size, clear=clear)
-        mask, where = read_mask(mask)
-    except InputError as error:
-        return error
-    size, stored, turned = where.shape[::-1], image.size, False
+def look(path, mask):
+    """Return the Look of an image and its mask, or None. Raises InputError if they do not fit."""
+    image = open_image(path, "RGBA")
+    stored, orientation = image.size, 1
     with Image.open(path) as opened, suppress(Exception):  # damaged metadata
-        stored = opened.size
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        stored, orientation = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = orientation != 1 and stored == image.size
+    clear = image.getchannel("A").histogram()[0] > 0
+    if mask is None:
+        return Look(image.size, False, clear, None)
+    mask, where = read_mask(mask)
+    size = where.shape[::-1]
     if size == stored != image.size:
-        return InputError(f"mask {mask.path} lies as stored, its image is turned by an EXIF tag; turn it, or drop the tag")
+        raise InputError(f"mask {mask.path} lies as stored, its image is turned by an EXIF tag; turn it, or drop the tag")
     if size != image.size:
-        return InputError(f"mask {mask.path} has {size} pixels, its image {image.size}; expected the same size")
-    return Look(image.size, turned and stored == size, clear, mask)
+        raise InputError(f"mask {mask.path} has {size} pixels, its image {image.size}; expected the same size")
+    return Look(image.size, turned, clear, mask)
 
 
 def look_at_all(pairs):
     """Return the Looks of the images of {id: (image, mask)} that can be read. Raises InputError if another has a mask."""
     looks, broken = {}, 0
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for number, (id, seen) in enumerate(zip(pairs, pool.map(look, pairs.values())), 1):
-            if isinstance(seen, Look):
-                looks[id] = seen
-            elif pairs[id][1]:
-                broken += 1
-                print(seen, file=sys.stderr)
-            else:
-                print(f"{seen}; training goes on without it", file=sys.stderr)
-            if number % 500 == 0:
-                print(f"{number} of {len(pairs)} images", file=sys.stderr)
+        results = {id: pool.submit(look, *pair) for id, pair in pairs.items()}
+        for id, result in results.items():
+            try:
+                looks[id] = result.result()
+            except InputError as error:
+                annotated = pairs[id][1] is not None
+                broken += annotated
+                print(error if annotated else f"{error}; training goes on without it", file=sys.stderr)
+            if len(looks) % 500 == 499:
+                print(f"{len(looks)} of {len(pairs)} images", file=sys.stderr)
     if broken:
         raise InputError(f"{broken} annotated images cannot be used, each is named above; replace or remove them")
     return looks
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# names of the classes
 
 
 def read_line(line, most):
@@ -314,10 +301,6 @@ def read_names(file):
         if names.count(name) > 1:
             raise InputError(f"{file} names {name} twice; expected different names; correct it")
     return names
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# what the masks hold
 
 
 def indices(names):
@@ -427,7 +410,7 @@ def problem_with(masks, names):
     first = next(mask.path for mask in masks if wrong[0] in mask.values)
     problem = (
         f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}, and there are {len(names)} "
-        "classes; if all values are indices, write a line for each from 0 on, often background, into classes.txt"
+        "classes; if all values are indices, write a name for each from 0 on, often background first, into classes.txt"
     )
     if classes == [*range(len(classes))]:
         raise InputError(problem)
@@ -446,7 +429,7 @@ def accept_indices(root, masks, names):
     masks = prepare(masks, names, {})
     rows = tally([mask for mask in masks if not mask.stays])
     show(tally([mask for mask in masks if mask.stays]) + rows[:SHOWN], names, sys.stderr)
-    if len(rows) > SHOWN or any(mask.format in LOSSY for mask in masks):
+    if len(rows) > SHOWN:
         print(f"{len(rows)} in all; of JPEG files and soft edges list the true ones, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         print(f"?,{row.code}", flush=True)
@@ -570,60 +553,47 @@ def write_lists(root, names, ids, replace):
         (root / "val.txt").write_text("\n".join(ids) + "\n", "utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# summary
-
-
 def crop_for(short_side):
     """Return the --crop for photographs of this short side."""
     return min(256, max(32, int(short_side) // 32 * 32))
 
 
-def remarks_on_masks(masks, rows, names):
-    """Return sentences on what may be wrong with the masks."""
+def remarks(root, looks, masks, rows, names):
+    """Yield sentences on what may be wrong with the masks and images."""
     total = sum(row.pixels for row in rows)
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
-    remarks = [f"255 is {ignored / total:.1%} of the pixels of the masks"]
+    yield f"255 is {ignored / total:.1%} of the pixels of the masks"
     if ignored > total / 2:
-        remarks[0] += ", which are never learned; give the background a class of its own if it is to be predicted"
+        yield "what is 255 is never learned; give the background a class of its own if it is to be predicted"
     absent = [name for index, name in enumerate(names) if index not in [row.label for row in rows]]
     if absent:
-        remarks.append(f"no mask shows {', '.join(absent)}; are the lines of classes.txt the names of 0, 1, 2, ...?")
+        yield f"no mask shows {', '.join(absent)}; are the lines of classes.txt the names of 0, 1, 2, ...?"
     single = [mask.path for mask in masks if len(mask.pixels) == 1]
     if single:
-        remarks.append(
-            f"{len(single)} of {len(masks)} masks hold a single value, first {single[0]}; if these images are not "
-            "annotated yet, remove the masks: the images are unlabeled then"
-        )
-    return remarks
-
-
-def remarks_on_images(root, looks):
-    """Return sentences on what may be wrong with the images."""
-    remarks = [folders_beside(root)]
+        what = f"{len(single)} of {len(masks)} masks hold a single value, first {single[0]}"
+        yield f"{what}; remove those of images that are not annotated yet: they are unlabeled then"
     turned = [id for id, seen in looks.items() if seen.turned]
-    clear = [id for id, seen in looks.items() if seen.clear]
     if turned:
-        remarks.append(f"{len(turned)} images are turned by an EXIF tag, first {turned[0]}; look at their masks")
+        yield f"{len(turned)} images are turned by an EXIF tag, first {turned[0]}; check that their masks are, too"
+    clear = [id for id, seen in looks.items() if seen.clear]
     if clear:
-        remarks.append(f"{len(clear)} images have transparent pixels, first {clear[0]}; they are trained on as any other")
+        yield f"{len(clear)} images have transparent pixels, first {clear[0]}; they are trained on as any other"
     folders = Counter(Path(id).parent.as_posix() for id in looks)
     if set(folders) - {".", "val"}:
-        remarks.append("images by folder: " + ", ".join(f"{name} {count}" for name, count in folders.items()))
+        yield "images by folder: " + ", ".join(f"{name} {count}" for name, count in folders.items())
     if statistics.median(max(seen.size) for seen in looks.values()) > LARGE:
         command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
-        remarks.append(f"the images are large; better train on smaller copies: {command}, then predict.py --shrink 512")
-    return remarks
+        yield f"the images are large; better train on smaller copies: {command}, then predict.py --shrink 512"
+    yield from folders_beside(root)
 
 
 def train_command(root, looks, all_annotated):
     """Return the command that trains."""
     crop = crop_for(statistics.median(min(seen.size) for seen in looks.values()))
-    out = Path("runs") / root.resolve().name
-    words = ["python", "train.py", "--dataset", "folder", "--root", str(root), "--crop", str(crop), "--out", str(out)]
+    words = ["python", "train.py", "--dataset", "folder", "--root", str(root), "--crop", str(crop)]
     if all_annotated:
         words += ["--framework", "supervised"]
-    return shlex.join(words)
+    return shlex.join([*words, "--out", f"runs/{root.resolve().name}"])
 
 
 def parse_args(argv=None):
@@ -635,15 +605,6 @@ def parse_args(argv=None):
     parser.add_argument("--val", metavar="FILE", help="list of the images to validate on, one name per line")
     parser.add_argument("--shrink", type=number(int, 32), metavar="N", help="write copies, N pixels on the longer side")
     return parser.parse_args(argv)
-
-
-def summarize(root, looks, masks, names, remarks):
-    """Print the table and the remarks."""
-    rows = tally(masks)
-    show(rows, names, sys.stdout)
-    remarks += remarks_on_masks(masks, rows, names) + remarks_on_images(root, looks)
-    for remark in filter(None, remarks):
-        print(f"- {remark}")
 
 
 def write(root, masks, names, val, args):
@@ -678,10 +639,14 @@ def main(args):
     useful = [id for id, (_, mask) in pairs.items() if mask in useful]
     val, chosen = choose_validation(root, pairs, list(inside), useful, args.val)
 
-    stay = sum(mask.stays for mask in masks)
     print(f"{len(pairs)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
-    kept = f"{len(masks) - stay} masks to convert; {stay} are class indices already and stay" if args.colors else ""
-    summarize(root, looks, masks, names, [left, left_in_val, kept])
+    rows = tally(masks)
+    show(rows, names, sys.stdout)
+    if args.colors:
+        stay = sum(mask.stays for mask in masks)
+        print(f"- {len(masks) - stay} masks to convert; {stay} are class indices already and stay")
+    for remark in filter(None, [left, left_in_val, *remarks(root, looks, masks, rows, names)]):
+        print(f"- {remark}")
     place = write(root, masks, names, val, args)
     if place != root:
         return main(parse_args([str(place)]))
