@@ -151,9 +151,9 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     refused("6 masks hold colors", root)
     said = capsys.readouterr()
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
-    assert ("in all; of JPEG files and soft edges list the true ones" in said.err) == (suffix == ".jpg")
+    assert ("in all; of JPEG and soft edges list the true ones" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
-    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected all .* or --nearest for JPEG"
+    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* or --nearest for JPEG"
     refused(says, root, "--colors", table)
     call(root, "--colors", table, "--nearest")
     rows, counts, after = capsys.readouterr().out.splitlines(), {"near": 0, "far": 0}, masks_of(root)
@@ -197,7 +197,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_slip_is_named(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a name for each from 0 on, often back"
+    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a name for each from 0 on, often"
     refused(says, root)
     assert not capsys.readouterr().out  # no lines for a conversion
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
@@ -221,13 +221,13 @@ def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
 
 
 @pytest.mark.parametrize("text, names, says", [
-    ("soil,1\nwheat,2\n", "", r"3 is not in .*classes.csv: \d+ pixels in 5 masks, first .*photo 1.png; expected all"),
+    ("soil,1\nwheat,2\n", "", r"3 is not in .*classes.csv: \d+ pixels in 5 masks, first .*photo 1.png; expected every"),
     ("soil,1\nsoil,2\nignore,3\n", "", "names 1 classes; expected 2 to 254"),
-    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, classes.txt does not; expected the same classes"),
+    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, classes.txt does not; expected the same"),
     ("soil,1\nwheat,2\n?,3\n", "", r"holds '\?,3'; expected one class, or ignore, for each code"),
     ("soil,1\nwheat,1\n", "", "holds 'wheat,1'; expected one class"),
     ("soil,1,2,3\nwheat,4,5,6\n", "", r"(\d),\1,\1 is not in .*csv"),
-    ("", "", "holds no line"), (",1\n", "", "holds ',1'"), ("soil,1,2,300\n", "", "holds 'soil,1,2,300'; expected lines"),
+    ("", "", "holds no line"), (",1\n", "", "holds ',1'"), ("soil,1,2,300\n", "", "holds 'soil,1,2,300'"),
     ("soil,1.2.3\n", "", "holds 'soil,1.2.3'"), ('[{"name": "soil"}]', "", "is JSON; .* write its names and colors"),
     (None, "", "classes.csv is not there; expected lines name,r,g,b"),
     ("soil,1\nwheat,2\n", "__ignore__\nsoil\n", "names __ignore__, which is 255 and no class; .*; remove it"),
@@ -254,8 +254,9 @@ BLACK, ROAD = (0, 0, 0, 255), (128, 64, 128, 255)
     ("0 0 0\tVoid\n128 64 128\tStraße\n", (BLACK, ROAD)), ("Void,0,0,0,\n\"Straße\",128,64,128,\n", (BLACK, ROAD)),
     ("# label:color_rgb:parts:actions\nVoid:0,0,0::\nStraße:128,64,128:a,b:c\n", (BLACK, ROAD)),
     ("Void,#000000\nStraße,#804080\n", (BLACK, ROAD)), ("#000000,Void\n#804080,Straße\n", (BLACK, ROAD)),
-    ("Void 0 0 0\nStraße 128 64 128\n", (BLACK, ROAD)), ("id,name,color\n0,Void,#000000\n1,Straße,#804080\n", (BLACK, ROAD)),
-    ("Void: [0, 0, 0]\nStraße: [128, 64, 128]\n", (BLACK, ROAD)), ("r,g,b,name\n0,0,0,Void\n128,64,128,Straße\n", (BLACK, ROAD)),
+    ("Void 0 0 0\nStraße 128 64 128\n", (BLACK, ROAD)), ("Void: [0, 0, 0]\nStraße: [128, 64, 128]\n", (BLACK, ROAD)),
+    ("id,name,color\n0,Void,#000000\n1,Straße,#804080\n", (BLACK, ROAD)),
+    ("r,g,b,name\n0,0,0,Void\n128,64,128,Straße\n", (BLACK, ROAD)),
     ("Pixel Value, Class\n0, Void\n2.5, Straße\n", ((0,), (2.5,))),
     ("name,value\nVoid,nan\nStraße,-9999\n", ((own_images.NODATA,), (-9999,))),
     ("Void,7,7,7,0\nStraße,1,2,3,128\n", ((0, 0, 0, 0), (1, 2, 3, 128))), ("Void,1\nStraße,0,0,0\n", ((1,), BLACK)),
@@ -278,7 +279,7 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
     refused("holds images, labels; expected the folders images and masks", root)
     (root / "masks").mkdir()
     (root / "masks" / "photo 0.npy").write_bytes(b"x")
-    refused("masks holds no image; expected masks/NAME.png for .*photo 0.npy: an array; Image.fromarray", root)
+    refused("masks has no image; expected masks/NAME.png for .*photo 0.npy: an array; Image.fromarray", root)
     shutil.rmtree(root / "masks")
     shutil.move(root / "labels", root / "masks")
     change_masks(root, lambda m, _: m * np.uint8(0))
@@ -287,7 +288,8 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
     refused(r"6 masks are no 8-bit PNG files, first .*photo 0.jpg .JPEG, mode L.", root)
     (root / "masks" / "photo 0.jpg").rename(root / "masks" / "photo 0.png")
     refused(r"6 masks are no 8-bit PNG files, first .*photo 0.png .JPEG, mode L.", root)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)).save(root / "masks/photo 0.png")
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(root / "masks" / "photo 0.png")
     refused("1 annotated images cannot be used", root)
     assert "as a photograph does; expected a color per class" in capsys.readouterr().err
 
@@ -314,7 +316,7 @@ def test_masks_of_one_class_each_are_to_be_merged(tmp_path):
     for path in sorted((root / "masks").iterdir()):
         shutil.copy(path, path.with_name(f"{path.stem}-dog.png"))
         path.rename(path.with_name(f"{path.stem}-cat.png"))
-    refused("12 masks have no image of their name, .* has several, such as one per class, merge these into one mask", root)
+    refused("12 masks have no image of .*has several, such as one per class, merge these into one mask", root)
 
 
 def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop_nothing(tmp_path, capsys):
@@ -368,7 +370,7 @@ def test_the_summary_names_folders_what_is_not_read_and_what_is_odd(tmp_path, ca
     call(root)
     said = capsys.readouterr().out
     for folder in ("unlabeled", "valid"):
-        assert f"{root / folder} (1 images) is not read; images belong into images/, those to validate" in said
+        assert f"{root / folder} (1 images) is not read; expected images in images/, those to validate" in said
     assert "notes (" not in said and "masks-painted (" not in said
     assert "images by folder: . 7, trip 1" in said and "1 images have transparent pixels, first photo 6;" in said
     assert "what is 255 is never learned; give the background a class of its own" in said
@@ -461,7 +463,8 @@ def test_a_folder_that_cannot_be_written_to_gets_the_report_and_a_way_out_that_w
         patch.setattr(Path, "write_text", read_only)
         sentence = refused(r"mine cannot be written to .*Read-only.*; make a folder of links and use it: ", root)
     assert "2 class 2" in capsys.readouterr().out
-    subprocess.run(["bash", "-c", sentence.rpartition("use it: ")[2]], cwd=(away := tmp_path / "x").mkdir() or away, check=True)
+    (away := tmp_path / "away").mkdir()
+    subprocess.run(["bash", "-c", sentence.rpartition("use it: ")[2]], cwd=away, check=True)
     call(away / "mine")
     assert (away / "mine" / "val.txt").is_file() and not (root / "val.txt").exists()
 

@@ -269,7 +269,7 @@ def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named(tmp_pat
     assert "1 masks were in" in (said := capsys.readouterr().out) and "1 files beside them, such as" in said
     (tmp_path / "clip.mp4").write_bytes(b"x")
     for name, says in (("nowhere", "add some"), ("clip.mp4", "1 files are left out, .*clip.mp4: a video; `ffmpeg")):
-        says = f"holds no image; expected one, or a folder of images; {says}"
+        says = f"has no image; expected one, or a folder of images; {says}"
         refused(says, predict, *words[:2], tmp_path / name, *words[3:-1])
 
 

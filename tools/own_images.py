@@ -89,8 +89,8 @@ def naming_advice(strays, images, end):
             rename = f'g="${{f#{before}}}"; mv -n "$f" "{start}${{g%{after}{end}}}{stop}{end}"'
             return f"expected an image's name; rename them: for f in {before}*{after}{end}; do {rename}; done"
     return (
-        "expected an image's name; rename them, and if an image has several, such as one per class, merge these into one "
-        "mask, see docs/faq.md"
+        "expected an image's name; rename them, and if an image has several, such as one per class, merge these into "
+        "one mask, see docs/faq.md"
     )
 
 
@@ -100,8 +100,8 @@ def list_pairs(place):
     if not all(folder.is_dir() for folder in folders):
         held = ", ".join(path.name for path in sorted(place.glob("*"))[:8])
         raise InputError(
-            f"{place} holds {held or 'nothing'}; expected the folders images and masks, a mask under the name of its image; "
-            "make them, or name the folder that has them"
+            f"{place} holds {held or 'nothing'}; expected the folders images and masks, a mask under the name of its "
+            "image; make them, or name the folder that has them"
         )
     images, masks = map(files, folders)
     others = left_out([*walk(folders[0]), *walk(folders[1])])
@@ -112,7 +112,7 @@ def list_pairs(place):
         raise InputError(f"{len(strays)} masks have no image of their name, first {first}; {advice}")
     for folder, found in zip(folders, (images, masks)):
         if not found:
-            raise InputError(f"{folder} holds no image; expected masks/NAME.png for images/NAME.jpg; {others or 'add some'}")
+            raise InputError(f"{folder} has no image; expected masks/NAME.png for images/NAME.jpg; {others or 'add it'}")
     return {id: (path, masks.get(id)) for id, path in images.items()}, others
 
 
@@ -121,7 +121,7 @@ def folders_beside(root):
     for path in sorted(root.iterdir()):
         count = sum(suffix(file) in READABLE for file in walk(path))
         if count and path.name not in ("images", "masks", "val") and not path.name.startswith("masks-painted"):
-            yield f"{path} ({count} images) is not read; images belong into images/, those to validate on into val/images"
+            yield f"{path} ({count} images) is not read; expected images in images/, those to validate on in val/images"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,14 +196,15 @@ def look(path, mask):
     mask, where = read_mask(mask)
     size = where.shape[::-1]
     if size == stored != image.size:
-        raise InputError(f"mask {mask.path} lies as stored, its image is turned by an EXIF tag; turn it, or drop the tag")
+        raise InputError(f"mask {mask.path} lies as stored, its image is turned by an EXIF tag; turn it, too")
     if size != image.size:
         raise InputError(f"mask {mask.path} has {size} pixels, its image {image.size}; expected the same size")
     return Look(image.size, turned, clear, mask)
 
 
 def look_at_all(pairs):
-    """Return the Looks of the images of {id: (image, mask)} that can be read. Raises InputError if another has a mask."""
+    """Return the Looks of the images of {id: (image, mask)} that can be read. Raises InputError if another one has a
+    mask."""
     looks, broken = {}, 0
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         results = {id: pool.submit(look, *pair) for id, pair in pairs.items()}
@@ -271,7 +272,7 @@ def read_rows(file):
             raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}; correct the line")
         name, code = found
         if name == "?" or code in rows:
-            raise InputError(f"--colors {file} holds {line!r}; expected one class, or ignore, for each code; correct it")
+            raise InputError(f"--colors {file} holds {line!r}; expected one class, or ignore, for each code")
         rows[code] = name
     if not rows:
         raise InputError(f"--colors {file} holds no line; {expected}")
@@ -285,7 +286,7 @@ def read_table(file, names):
     named = list(dict.fromkeys(name for name in rows.values() if not is_ignore(name)))
     unknown = [name for name in named if names and name not in names]
     if unknown:
-        raise InputError(f"--colors {file} names {unknown[0]}, classes.txt does not; expected the same classes; correct one")
+        raise InputError(f"--colors {file} names {unknown[0]}, classes.txt does not; expected the same; correct one")
     names = names or named
     if not 2 <= len(names) <= NO_CLASS:
         raise InputError(f"--colors {file} names {len(names)} classes; expected 2 to {NO_CLASS}; correct it")
@@ -297,7 +298,7 @@ def read_names(file):
     names = id_list(file) if file.is_file() else []
     for name in names:
         if is_ignore(name):
-            raise InputError(f"{file} names {name}, which is 255 and no class; expected names of 0, 1, 2, ...; remove it")
+            raise InputError(f"{file} names {name}, which is 255 and no class; expected names of 0, 1, ...; remove it")
         if names.count(name) > 1:
             raise InputError(f"{file} names {name} twice; expected different names; correct it")
     return names
@@ -430,14 +431,15 @@ def accept_indices(root, masks, names):
     rows = tally([mask for mask in masks if not mask.stays])
     show(tally([mask for mask in masks if mask.stays]) + rows[:SHOWN], names, sys.stderr)
     if len(rows) > SHOWN:
-        print(f"{len(rows)} in all; of JPEG files and soft edges list the true ones, and add --nearest", file=sys.stderr)
+        print(f"{len(rows)} in all; of JPEG and soft edges list the true ones, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         print(f"?,{row.code}", flush=True)
     if names:
         problem += f" (classes.txt: {', '.join(names)})"
+    command = f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
     raise InputError(
         f"{problem}; expected class indices 0, 1, 2, ... and 255; correct the masks, or save the lines above as "
-        f"classes.csv, with a class or ignore for each ?, then: python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
+        f"classes.csv, with a class or ignore for each ?, then: {command}"
     )
 
 
@@ -452,14 +454,14 @@ def apply_table(masks, listed, file, nearest):
     for mask in masks:
         if new_values and mask.stays and any(table.get((value,), value) != value for value in held([mask])):
             raise InputError(
-                f"mask {mask.path} is class indices already, and its values have other classes in {file}, as in the new "
-                "masks; expected one meaning; convert the new masks in a folder of their own"
+                f"mask {mask.path} is class indices already, and its values have other classes in {file}; expected one "
+                "meaning; convert the new masks in a folder of their own"
             )
     for row in tally(masks):
         if row.label == NO_CLASS:
             raise InputError(
-                f"{row.code} is not in {file}: {row.pixels} pixels in {len(row.counts)} masks, first {[*row.counts][0]}; "
-                "expected all values and colors; add lines, or --nearest for JPEG and soft edges"
+                f"{row.code} is not in {file}: {row.pixels} pixels in {len(row.counts)} masks, first "
+                f"{next(iter(row.counts))}; expected every value or color; add lines, or --nearest for JPEG and soft edges"
             )
     return names, masks
 
@@ -601,7 +603,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="holds images/ and masks/, perhaps val/ with the same two")
     parser.add_argument("--colors", metavar="CSV", help="convert the masks; lines name,r,g,b or name,value")
-    parser.add_argument("--nearest", action="store_true", help=f"with --colors: others up to {NEAR} away count as listed")
+    parser.add_argument("--nearest", action="store_true", help=f"with --colors: up to {NEAR} from a listed one")
     parser.add_argument("--val", metavar="FILE", help="list of the images to validate on, one name per line")
     parser.add_argument("--shrink", type=number(int, 32), metavar="N", help="write copies, N pixels on the longer side")
     return parser.parse_args(argv)
@@ -616,8 +618,8 @@ def write(root, masks, names, val, args):
         return shrink(root, args.shrink) if args.shrink else root
     except OSError as error:
         raise InputError(
-            f"{root} cannot be written to ({error}); expected to write classes.txt, val.txt and masks there; make a folder "
-            f"of links and use it: mkdir mine && ln -s {shlex.quote(str(root.resolve()))}/* mine/"
+            f"{root} cannot be written to ({error}); expected to write classes.txt, val.txt and masks there; make a "
+            f"folder of links and use it: mkdir mine && ln -s {shlex.quote(str(root.resolve()))}/* mine/"
         ) from error
 
 

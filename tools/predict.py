@@ -150,7 +150,7 @@ def main(args):
     others = left_out(found)
     images = [path for path in found if suffix(path) in READABLE]
     if not images:
-        raise InputError(f"--images {folder} holds no image; expected one, or a folder of images; {others or 'add some'}")
+        raise InputError(f"--images {folder} has no image; expected one, or a folder of images; {others or 'add some'}")
     if out.is_relative_to(folder.resolve()):
         raise InputError(f"--masks {args.masks} lies in --images {folder}, among what is predicted; use another folder")
     paths = name_images(images, folder.parent if folder.is_file() else folder)
