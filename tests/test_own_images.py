@@ -153,7 +153,7 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
     assert ("in all; of JPEG and soft edges list the true ones" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
-    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* or --nearest for JPEG"
+    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* or for JPEG and soft edges --nearest"
     refused(says, root, "--colors", table)
     call(root, "--colors", table, "--nearest")
     rows, counts, after = capsys.readouterr().out.splitlines(), {"near": 0, "far": 0}, masks_of(root)

@@ -112,7 +112,8 @@ def list_pairs(place):
         raise InputError(f"{len(strays)} masks have no image of their name, first {first}; {advice}")
     for folder, found in zip(folders, (images, masks)):
         if not found:
-            raise InputError(f"{folder} has no image; expected masks/NAME.png for images/NAME.jpg; {others or 'add it'}")
+            advice = others or "add some"
+            raise InputError(f"{folder} has no image; expected masks/NAME.png for images/NAME.jpg; {advice}")
     return {id: (path, masks.get(id)) for id, path in images.items()}, others
 
 
@@ -459,9 +460,10 @@ def apply_table(masks, listed, file, nearest):
             )
     for row in tally(masks):
         if row.label == NO_CLASS:
+            first, count = next(iter(row.counts)), len(row.counts)
             raise InputError(
-                f"{row.code} is not in {file}: {row.pixels} pixels in {len(row.counts)} masks, first "
-                f"{next(iter(row.counts))}; expected every value or color; add lines, or --nearest for JPEG and soft edges"
+                f"{row.code} is not in {file}: {row.pixels} pixels in {count} masks, first {first}; expected every value "
+                "or color; add lines, or for JPEG and soft edges --nearest"
             )
     return names, masks
 
