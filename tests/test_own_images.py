@@ -202,13 +202,17 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_
     assert not capsys.readouterr().out  # no lines for a conversion
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
     call(root)
-    assert "no mask shows maize; are the lines of classes.txt the names of" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no mask shows maize; are the lines of classes.txt the names of" in said and "lacks its line" not in said
     mask = pixels(root / "masks" / "photo 3.png")
     mask[0, 0] = 3
     save_mask(mask, root / "masks" / "photo 3.png")
     call(root)
     row = [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 maize (a slip?)")]
     assert row[0].split() == ["3", "1", "1", "photo", "3.png", "3", "maize", "(a", "slip?)"]
+    change_masks(root, lambda m, _: np.where(m == 1, 0, m).astype(np.uint8))
+    call(root)
+    assert "of the pixels are soil; if that is the background, classes.txt lacks its line" in capsys.readouterr().out
     mask[0, 0] = 7
     Image.fromarray(mask).save(root / "masks" / "photo 3.png")
     refused("masks hold 7, first .*photo 3.png, and there are 4 classes; .*classes.txt: soil, wheat", root)
@@ -287,7 +291,7 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
     change_masks(root, lambda m, _: m.astype(np.uint8), ".jpg")
     refused(r"6 masks are no 8-bit PNG files, first .*photo 0.jpg .JPEG, mode L.", root)
     (root / "masks" / "photo 0.jpg").rename(root / "masks" / "photo 0.png")
-    refused(r"6 masks are no 8-bit PNG files, first .*photo 0.png .JPEG, mode L.", root)
+    refused(r"6 masks are no 8-bit PNG files, first .*photo 0.png .JPEG, mode L.; JPEG changes values", root)
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
     Image.fromarray(noise).save(root / "masks" / "photo 0.png")
     refused("1 annotated images cannot be used", root)

@@ -86,7 +86,8 @@ def naming_advice(strays, images, end):
         found = surroundings(strays, {id.removeprefix(start).removesuffix(stop) for id in images})
         if found:
             before, after = found
-            rename = f'g="${{f#{before}}}"; mv -n "$f" "{start}${{g%{after}{end}}}{stop}{end}"'
+            core = f'g="${{f#{before}}}"; ' if before else 'g="$f"; '
+            rename = f'{core}mv -n "$f" "{start}${{g%{after}{end}}}{stop}{end}"'
             return f"expected an image's name; rename them: for f in {before}*{after}{end}; do {rename}; done"
     return (
         "expected an image's name; rename them, and if an image has several, such as one per class, merge these into "
@@ -402,7 +403,8 @@ def problem_with(masks, names):
         return "the masks have different palettes"
     odd = [mask for mask in masks if mask.format != "PNG" or suffix(mask.path) != ".png" or mask.mode not in ("L", "P")]
     if odd:
-        return f"{len(odd)} masks are no 8-bit PNG files, first {odd[0].path} ({odd[0].format}, mode {odd[0].mode})"
+        problem = f"{len(odd)} masks are no 8-bit PNG files, first {odd[0].path} ({odd[0].format}, mode {odd[0].mode})"
+        return f"{problem}; JPEG changes values, better export PNG files" if odd[0].format == "JPEG" else problem
     classes = sorted(held(masks) - {IGNORE})
     if len(classes) < 2:
         return "the masks hold fewer than two classes"
@@ -462,8 +464,8 @@ def apply_table(masks, listed, file, nearest):
         if row.label == NO_CLASS:
             first, count = next(iter(row.counts)), len(row.counts)
             raise InputError(
-                f"{row.code} is not in {file}: {row.pixels} pixels in {count} masks, first {first}; expected every value "
-                "or color; add lines, or for JPEG and soft edges --nearest"
+                f"{row.code} is not in {file}: {row.pixels} pixels in {count} masks, first {first}; expected every "
+                "value or color; add lines, or for JPEG and soft edges --nearest"
             )
     return names, masks
 
@@ -569,6 +571,9 @@ def remarks(root, looks, masks, rows, names):
     yield f"255 is {ignored / total:.1%} of the pixels of the masks"
     if ignored > total / 2:
         yield "what is 255 is never learned; give the background a class of its own if it is to be predicted"
+    share = sum(row.pixels for row in rows if row.label == 0) / total
+    if share > 0.5 and not re.match("_*background|class 0", names[0], re.IGNORECASE):
+        yield f"{share:.0%} of the pixels are {names[0]}; if that is the background, classes.txt lacks its line at the top"
     absent = [name for index, name in enumerate(names) if index not in [row.label for row in rows]]
     if absent:
         yield f"no mask shows {', '.join(absent)}; are the lines of classes.txt the names of 0, 1, 2, ...?"
