@@ -373,7 +373,9 @@ def what_is_lost(image, mode):
     if tags.get(BANDS, 1) > 4:
         return f"holds {tags[BANDS]} bands; {THREE_BANDS}"
     deep = SIXTEEN_BITS.search(str(image.tile)) or max(tags.get(BITS, (8,))) > 8
-    if deep if image.mode[0] not in "IF" else mode != "L":  # the values of a gray mask are kept
+    if image.mode[0] in "IF":  # gray; the values of a mask are kept
+        deep = mode != "L"
+    if deep:
         return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255"
     return ""
 

@@ -203,7 +203,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
     call(root)
     said = capsys.readouterr().out
-    assert "no mask shows maize; are the lines of classes.txt the names of" in said and "lacks its line" not in said
+    assert "no mask shows maize; are the lines of classes.txt the names of" in said and "its line is missing" not in said
     mask = pixels(root / "masks" / "photo 3.png")
     mask[0, 0] = 3
     save_mask(mask, root / "masks" / "photo 3.png")
@@ -212,7 +212,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_
     assert row[0].split() == ["3", "1", "1", "photo", "3.png", "3", "maize", "(a", "slip?)"]
     change_masks(root, lambda m, _: np.where(m == 1, 0, m).astype(np.uint8))
     call(root)
-    assert "of the pixels are soil; if that is the background, classes.txt lacks its line" in capsys.readouterr().out
+    assert "of the pixels are soil; if that is background, its line is missing in" in capsys.readouterr().out
     mask[0, 0] = 7
     Image.fromarray(mask).save(root / "masks" / "photo 3.png")
     refused("masks hold 7, first .*photo 3.png, and there are 4 classes; .*classes.txt: soil, wheat", root)

@@ -53,6 +53,7 @@ CONVERTERS = {
     ".csv": "a table; if it names the classes, --colors reads it",
 }
 
+
 def left_out(paths):
     """Return a sentence on the files that are no images by their suffix, and on what converts them; or ""."""
     others = [path for path in paths if suffix(path) not in READABLE]
@@ -573,7 +574,7 @@ def remarks(root, looks, masks, rows, names):
         yield "what is 255 is never learned; give the background a class of its own if it is to be predicted"
     share = sum(row.pixels for row in rows if row.label == 0) / total
     if share > 0.5 and not re.match("_*background|class 0", names[0], re.IGNORECASE):
-        yield f"{share:.0%} of the pixels are {names[0]}; if that is the background, classes.txt lacks its line at the top"
+        yield f"{share:.0%} of the pixels are {names[0]}; if that is background, its line is missing in classes.txt"
     absent = [name for index, name in enumerate(names) if index not in [row.label for row in rows]]
     if absent:
         yield f"no mask shows {', '.join(absent)}; are the lines of classes.txt the names of 0, 1, 2, ...?"
