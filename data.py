@@ -3,19 +3,21 @@
     data = open_dataset("pascal", "data", labeled=92)             # lists of images, cut into a partition
     loader = training_loader(data, steps=range(0, 1000), ...)     # one batch of labeled and unlabeled views per step
 
-Samples and views are functions of (seed, stream, number of the sample), so that neither the number of workers nor a
-resumed run changes anything. Images travel as uint8 and are normalized on the device, by `normalize`.
+Samples and views are pure functions of the seed and the number of the sample. So neither the number of workers nor a
+resumed run changes anything. Images are uint8 until `normalize` on the device.
+
+255 has three meanings, and no loss sees any of them. In a mask: not annotated. In a pseudo-label: not sure enough. In
+a padded view: outside the image.
 """
 
+import atexit
 import logging
+import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
-import threading
-import time
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
@@ -43,16 +46,23 @@ SYSTEM_FILES = (  # of Windows, macOS, Linux and network storage, in lower case;
     "@recently-snapshot", "$recycle.bin", "system volume information",
 )  # fmt: skip
 SPLITS = Path(__file__).parent / "splits"
-STREAMS = {name: number for number, name in enumerate(("order_x", "order_u", "view_x", "view_u", "step", "strong"))}
+STREAMS = ("order_x", "order_u", "view_x", "view_u", "step", "strong", "jitter")
 
 
 class InputError(ValueError):
-    """Something in the user's files or arguments; the message says what was found, expected, and to be done."""
+    """A mistake in the user's files or arguments. The message says what was found, what was expected, what to do."""
 
 
-def generator(*key):
-    """A NumPy generator that is a pure function of the key: (seed, stream name, number, ...)."""
-    return np.random.default_rng([STREAMS[part] if isinstance(part, str) else part for part in key])
+def generator(seed, stream, *numbers):
+    """Return a NumPy generator that is a pure function of the seed, the name of a random stream and the numbers."""
+    return np.random.default_rng([seed, STREAMS.index(stream), *numbers])
+
+
+def rank_and_world():
+    """Return the number of this process and the number of processes; (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +70,7 @@ def generator(*key):
 
 
 class Item(NamedTuple):
-    """One image and its mask: files, or None where there is no such file."""
+    """One image and its mask: files, or None if there is no such file."""
 
     id: str
     image: Path | None
@@ -151,31 +161,42 @@ def id_list(file, known=()):
 
 
 def list_folder(root, lists):
-    """Items of a folder of one's own: images/, and masks/ (PNG) of the annotated ones; for validation val/ with
-    the same two, or the ids of val.txt."""
-    root, parts, convert = find_root(root, (), ("images", "masks")), [], f"tools/own_images.py {shlex.quote(str(root))}"
-    for place, prefix in ((root, ""), (root / "val", "val/")):
-        images, masks = files(place / "images"), files(place / "masks")
-        others = [mask for mask in masks.values() if suffix(mask) != ".png"]
-        if others:
-            raise InputError(f"mask {others[0]} is no PNG file of class indices; `python {convert}` converts")
-        parts.append({id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()})
-    items, val = parts
+    """Return the items of a user's folder: images/, and masks/ (PNG) for some of them.
+
+    Validation: val/ with the same two folders, or the ids in val.txt.
+    """
+    root = find_root(root, (), ("images", "masks"))
+    command = f"`python tools/own_images.py {shlex.quote(str(root))}`"
+    train, val = list_pairs(root, "", command), list_pairs(root / "val", "val/", command)
     if (root / "val").is_dir():
-        return {"train": [*items.values()], "val": [*val.values()]}
+        return {"train": list(train.values()), "val": list(val.values())}
     if not (root / "val.txt").is_file():
-        raise InputError(f"{root} has neither val/ nor val.txt; `python {convert}` writes val.txt")
-    ids = dict.fromkeys(id_list(root / "val.txt", items))
-    unknown = [id for id in ids if id not in items]
+        raise InputError(f"{root} has neither val/ nor val.txt; {command} writes val.txt")
+    ids = dict.fromkeys(id_list(root / "val.txt", train))
+    unknown = [id for id in ids if id not in train]
     if unknown:
         raise InputError(f"{root / 'val.txt'} names {unknown[0]}, which is not in images/; correct the list")
-    return {"train": [item for id, item in items.items() if id not in ids], "val": [items[id] for id in ids]}
+    return {
+        "train": [item for id, item in train.items() if id not in ids],
+        "val": [train[id] for id in ids],
+    }
+
+
+def list_pairs(folder, prefix, command):
+    """Return {id: Item} of images/ and masks/ below a folder; the ids of the items begin with the prefix."""
+    images, masks = files(folder / "images"), files(folder / "masks")
+    for mask in masks.values():
+        if suffix(mask) != ".png":
+            raise InputError(f"mask {mask} is no PNG file of class indices; {command} says how to convert it")
+    return {id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()}
 
 
 def list_camvid(root, lists):
-    """Items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/; val and test likewise."""
-    root, splits = Path(root), {}
-    root = root / "camvid" if (root / "camvid").is_dir() else root
+    """Return the items of CamVid (Brostow et al., 2008) in SegNet's layout: train/, trainannot/; val, test likewise."""
+    root = Path(root)
+    if (root / "camvid").is_dir():
+        root = root / "camvid"
+    splits = {}
     for split in ("train", "val", "test"):
         images, masks = files(root / split), files(root / f"{split}annot", (".png",))
         splits[split] = [Item(id, image, masks.get(id)) for id, image in images.items()]
@@ -183,29 +204,38 @@ def list_camvid(root, lists):
 
 
 def list_pascal(root, lists):
-    """Items of PASCAL VOC 2012 (Everingham et al., 2010), and SBD (Hariharan et al., 2011), as the lists name them.
+    """Return the items of PASCAL VOC 2012 (Everingham et al., 2010) and SBD (Hariharan et al., 2011) in the lists.
 
     Masks: SegmentationClass/ for the images that VOC annotated finely, SegmentationClassAug/ for all others.
     """
     root = find_root(root, ("VOC2012", "VOCdevkit/VOC2012"), ("JPEGImages", "SegmentationClass"))
     images = files(root / "JPEGImages")
-    fine, coarse = (files(root / folder, (".png",)) for folder in ("SegmentationClass", "SegmentationClassAug"))
-    finely = set(id_list(lists / "1464.txt")) | set(id_list(lists / "val.txt"))
-    masks = fine | {id: mask for id, mask in coarse.items() if id not in finely}
-    splits = {split: id_list(lists / f"{split}.txt") for split in ("train", "val")}
-    return {split: [Item(id, images.get(id), masks.get(id)) for id in ids] for split, ids in splits.items()}
+    fine = files(root / "SegmentationClass", (".png",))
+    coarse = files(root / "SegmentationClassAug", (".png",))
+    fine_ids = {*id_list(lists / "1464.txt"), *id_list(lists / "val.txt")}
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = []
+        for id in id_list(lists / f"{split}.txt"):
+            mask = fine.get(id)
+            if id not in fine_ids:
+                mask = coarse.get(id, mask)
+            splits[split].append(Item(id, images.get(id), mask))
+    return splits
 
 
 def list_cityscapes(root, lists):
-    """Items of Cityscapes (Cordts et al., 2016), as the lists name them; masks: labelTrainIds, else labelIds."""
-    root, splits = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine")), {}
+    """Return the items of Cityscapes (Cordts et al., 2016) in the lists; masks: labelTrainIds, else labelIds."""
+    root = find_root(root, ("cityscapes",), ("leftImg8bit", "gtFine"))
+    splits = {}
     for split in ("train", "val"):
-        images, masks = files(root / "leftImg8bit" / split), files(root / "gtFine" / split, (".png",))
+        images = files(root / "leftImg8bit" / split)
+        masks = files(root / "gtFine" / split, (".png",))
         splits[split] = []
         for id in id_list(lists / f"{split}.txt"):
             place = f"{id.split('_')[0]}/{id}"
-            kinds = (masks.get(f"{place}_gtFine_{kind}") for kind in ("labelTrainIds", "labelIds"))
-            splits[split].append(Item(id, images.get(f"{place}_leftImg8bit"), next(filter(None, kinds), None)))
+            mask = masks.get(f"{place}_gtFine_labelTrainIds") or masks.get(f"{place}_gtFine_labelIds")
+            splits[split].append(Item(id, images.get(f"{place}_leftImg8bit"), mask))
     return splits
 
 
@@ -214,25 +244,21 @@ def list_cityscapes(root, lists):
 
 
 def mask_values(classes):
-    """(256,) uint8: the class of each value in a mask's file, from {value: class}; NO_CLASS for any other but 255."""
+    """Return the class of each value in a mask's file, (256,) uint8, from {value: class}; other values: NO_CLASS."""
     values = np.full(256, NO_CLASS, np.uint8)
     values[[IGNORE, *classes]] = [IGNORE, *classes.values()]
     return values
 
 
 class Spec(NamedTuple):
-    """The facts of a dataset; only its presets stand elsewhere, in train.py."""
+    """The facts of a dataset. Its presets are in train.py."""
 
     classes: tuple | None  # names by index; None: those of root/classes.txt
     list_items: Callable  # (root, folder of lists) -> {"train": [Item], "val": [Item], perhaps "test": [Item]}
-    values: dict  # for each end of a mask's name its `mask_values`; {}: the values are the classes
-    scales: tuple = (0.5, 2.0)  # of random resizing; the field's usual range
+    values: dict  # {ending of a mask's name: its `mask_values`}; {}: the values are the classes
+    scales: tuple = (0.5, 2.0)  # range of random resizing
 
 
-SHAPES = (  # texture and form of each class
-    ("striped", "disc"), ("checked", "square"), ("ringed", "triangle"),
-    ("speckled", "disc"), ("zigzag", "square"), ("dotted", "triangle"),
-)  # fmt: skip
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
@@ -246,7 +272,7 @@ CITYSCAPES_VALUES = {
     "labelIds": mask_values({id: IGNORE if ignored else train_id for _, id, train_id, ignored in CITYSCAPES}),
 }
 DATASETS = {
-    "shapes": Spec(None, list_folder, {}, scales=(0.75, 1.5)),  # drawn, see `write_shapes`
+    "shapes": Spec(None, list_folder, {}, scales=(0.75, 1.5)),  # generated by shapes.py
     "folder": Spec(None, list_folder, {}),
     "camvid": Spec(CAMVID_CLASSES, list_camvid, {"": mask_values({i: i for i in range(11)} | {11: IGNORE})}),
     "pascal": Spec(PASCAL_CLASSES, list_pascal, {}),
@@ -262,72 +288,91 @@ class Data(NamedTuple):
     scales: tuple
     values: dict  # see Spec
     labeled: list  # of Item
-    unlabeled: list  # their masks, where there are any, serve only for figures
+    unlabeled: list  # their masks, if any, serve only for numbers in the log
     val: list
-    test: list  # empty where the dataset has none
+    test: list  # empty if the dataset has none
 
 
 def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", "val")):
-    """Lists a dataset and cuts its training images into labeled and unlabeled ones.
+    """List a dataset and cut its training images into labeled and unlabeled ones.
 
-    labeled: "all", a file or a list of image ids, or a number N: the list splits/<name>/N.txt, or, for datasets without
-    lists, N annotated images evenly spaced by id. unlabeled: the training images that are not labeled.
-    use: the parts that will be read; only their files have to be there, and unlabeled images need no masks.
+    labeled: "all", a file of image ids, a list of ids, or a number N: the list splits/<name>/N.txt, or N annotated
+    images evenly spaced by id if the dataset has no lists. All other training images are unlabeled.
+    use: the parts that will be read. Only their files have to exist, and unlabeled images need no masks.
     Raises InputError for an unknown list or id, and for a part in use that is empty or lacks files.
     """
-    spec, lists = DATASETS[name], Path(splits or SPLITS) / name
-    root = write_shapes(Path(root) / "shapes") if name == "shapes" else Path(root)
+    spec, lists, root = DATASETS[name], Path(splits or SPLITS) / name, Path(root)
+    if name == "shapes":
+        from shapes import write_shapes  # only here: no other dataset needs it
+
+        root = root / "shapes"
+        write_shapes(root)
     items = spec.list_items(root, lists)
-    classes = spec.classes or tuple(id_list(root / "classes.txt"))
-    twice = [one for one in dict.fromkeys(classes) if classes.count(one) > 1]
-    if twice:
-        raise InputError(f"{root / 'classes.txt'} names {twice[0]} twice; expected every class once")
-    if len(classes) > NO_CLASS:
-        raise InputError(f"{root / 'classes.txt'} names {len(classes)} classes; expected {NO_CLASS} at most")
-    values = spec.values or {"": mask_values({i: i for i in range(len(classes))})}
-    training = {"labeled", "unlabeled"} & set(use)
-    if training and not items["train"]:
-        raise InputError(f"{name} under {root} has no training images; docs/faq.md says where its files go")
-    named = isinstance(labeled, (list, tuple))  # a run's own ids; their files may be absent
-    chosen = labeled_ids(name, items["train"], labeled, lists) if training else set(labeled if named else ())
-    parts = ([item for item in items["train"] if (item.id in chosen) == wanted] for wanted in (True, False))
-    data = Data(name, classes, spec.scales, values, *parts, items["val"], items.get("test", []))
+    classes = spec.classes or read_classes(root / "classes.txt")
+    values = spec.values or {"": mask_values({index: index for index in range(len(classes))})}
+    if isinstance(labeled, (list, tuple)):
+        chosen = set(labeled)  # a checkpoint's own ids; their files may be absent
+    elif not items["train"]:
+        raise InputError(f"{name} under {root} has no training images; docs/faq.md says where the files go")
+    else:
+        chosen = labeled_ids(name, items["train"], labeled, lists)
+    labeled_items = [item for item in items["train"] if item.id in chosen]
+    unlabeled_items = [item for item in items["train"] if item.id not in chosen]
+    data = Data(name, classes, spec.scales, values, labeled_items, unlabeled_items, items["val"], items.get("test", []))
     for part in use:
-        members = getattr(data, part)
-        if not members:
-            advice = "use --framework supervised, or fewer labels" if part == "unlabeled" else "expected some"
-            raise InputError(f"{name} under {root} has no {part} images; {advice}")
-        for kind in ("image",) if part == "unlabeled" else ("image", "mask"):
-            missing = [item.id for item in members if getattr(item, kind) is None]
-            if missing:
-                raise InputError(
-                    f"{len(missing)} of {len(members)} {part} images of {name} have no {kind} under {root}, first "
-                    f"{', '.join(missing[:3])}; docs/faq.md says where its files go"
-                )
+        check_files(data, part, root)
     return data
 
 
+def read_classes(file):
+    """Return the class names of a folder's classes.txt. Raises InputError for a name that occurs twice, or too many."""
+    names = tuple(id_list(file))
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{file} names {name} twice; expected every class once")
+    if len(names) > NO_CLASS:
+        raise InputError(f"{file} names {len(names)} classes; expected at most {NO_CLASS}")
+    return names
+
+
+def check_files(data, part, root):
+    """Raise InputError if a part of the dataset is empty, or if one of its images lacks a file."""
+    items = getattr(data, part)
+    if not items:
+        advice = "expected some"
+        if part == "unlabeled":
+            advice = "use --framework supervised, or fewer labels"
+        raise InputError(f"{data.name} under {root} has no {part} images; {advice}")
+    for kind in ("image", "mask"):
+        missing = [item.id for item in items if getattr(item, kind) is None]
+        if missing and not (part == "unlabeled" and kind == "mask"):
+            raise InputError(
+                f"{len(missing)} of {len(items)} {part} images of {data.name} have no {kind} under {root}, first "
+                f"{', '.join(missing[:3])}; docs/faq.md says where the files go"
+            )
+
+
 def labeled_ids(name, items, labeled, lists):
-    """The set of ids that --labeled means; see `open_dataset`."""
-    annotated, known = [item.id for item in items if item.mask], [item.id for item in items]
+    """Return the set of ids that --labeled means; see `open_dataset`."""
+    known = [item.id for item in items]
+    annotated = [item.id for item in items if item.mask]
     published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
-    if isinstance(labeled, (list, tuple)):
-        chosen = set(labeled)
-    elif str(labeled) == "all":
-        chosen = set(annotated)
-    elif str(labeled).isdecimal() and not published:
-        if not 1 <= int(labeled) <= len(annotated):
-            raise InputError(f"--labeled {labeled} is impossible; expected 1 to {len(annotated)} images with a mask")
-        chosen = {annotated[i * len(annotated) // int(labeled)] for i in range(int(labeled))}
-    elif str(labeled).isdecimal() and int(labeled) not in published:
+    if labeled == "all":
+        return set(annotated)
+    is_number = str(labeled).isdecimal()
+    if is_number and not published:
+        count = int(labeled)
+        if not 1 <= count <= len(annotated):
+            raise InputError(f"--labeled {count} is impossible; expected 1 to {len(annotated)} images with a mask")
+        return {annotated[i * len(annotated) // count] for i in range(count)}
+    if is_number and int(labeled) not in published:
         raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
-    else:
-        chosen = set(id_list(lists / f"{labeled}.txt" if str(labeled).isdecimal() else labeled, known))
+    chosen = set(id_list(lists / f"{labeled}.txt" if is_number else labeled, known))
     unknown = sorted(chosen - set(known))
     if unknown:
         raise InputError(
-            f"--labeled {labeled}: {len(unknown)} ids are not in the training images, first {unknown[0]}; expected ids "
-            f"like {known[0]}, and none of the images for validation"
+            f"--labeled {labeled}: {len(unknown)} ids are not training images, first {unknown[0]}; expected ids like "
+            f"{known[0]}, and no validation image"
         )
     return chosen
 
@@ -407,21 +452,22 @@ def open_image(path, mode):
 
 
 def read(item, data):
-    """(image, mask) of an item: PIL images of the same size, the mask of classes and 255; without a mask all is 255.
+    """Return the image and the mask of an item, PIL images of the same size; without a mask file all is 255.
 
-    Raises InputError that names the file: unreadable, of another size than its image, or with a value that is no class.
+    Raises InputError, which names the file: unreadable, of another size than its image, or with a value that is no
+    class.
     """
     image = open_image(item.image, "RGB")
     if item.mask is None:
         return image, Image.new("L", image.size, IGNORE)
     mask = open_image(item.mask, "L")
-    convert = "tools/own_images.py converts other masks"
+    advice = "tools/own_images.py converts other masks"
     if data.name not in ("folder", "shapes"):
-        convert = f"as {data.name}'s own archive has them; there are copies with others"
+        advice = f"use the masks of {data.name}'s own archive"
     if mask.format != "PNG":  # whatever its suffix says; JPEG changes values
-        raise InputError(f"mask {item.mask} is a {mask.format} file; expected PNG of class indices ({convert})")
+        raise InputError(f"mask {item.mask} is a {mask.format} file; expected PNG of class indices ({advice})")
     if mask.mode not in ("L", "P"):
-        raise InputError(f"mask {item.mask} is a {mask.mode} image; expected class indices ({convert})")
+        raise InputError(f"mask {item.mask} is a {mask.mode} image; expected class indices ({advice})")
     if mask.size != image.size:
         raise InputError(f"mask {item.mask} has {mask.size} pixels, its image {image.size}; expected the same size")
     values = next(values for ending, values in data.values.items() if item.mask.stem.endswith(ending))
@@ -429,54 +475,40 @@ def read(item, data):
     if wrong:
         raise InputError(
             f"mask {item.mask} holds the value {', '.join(map(str, wrong[:5]))}; expected a class index from 0 to "
-            f"{len(data.classes) - 1}, or 255 for pixels to ignore ({convert})"
+            f"{len(data.classes) - 1}, or 255 for pixels to ignore ({advice})"
         )
     return image, mask.point(values.tolist(), "L")
 
 
+def class_pixels(data, items):
+    """Read this process's share of the items; return how many pixels have each class, (256,). Raises InputError."""
+    rank, world = rank_and_world()
+    pixels = torch.zeros(256, dtype=torch.long)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # each thread holds a photograph
+        for histogram in pool.map(lambda item: read(item, data)[1].histogram(), items[rank::world]):
+            pixels += torch.tensor(histogram)
+    return pixels
+
+
 def palette():
-    """(256, 3) uint8 colors by class index: PASCAL's own, from the bits of the index; 255 is its pale border."""
+    """Return PASCAL's colors by class index, (256,3) uint8, made from the bits of the index."""
     index = np.arange(256)
-    rgb = [sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
-    return np.stack(rgb, 1).astype(np.uint8)
+    colors = np.zeros((256, 3), np.uint8)
+    for bit in range(3):
+        for channel in range(3):
+            colors[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colors
 
 
 def save_mask(mask, path):
-    """Atomic write of class indices (H,W) uint8 as a PNG with the palette; makes the folder."""
-    path, image = Path(path), Image.fromarray(np.asarray(mask))
-    image.putpalette(palette().tobytes())
+    """Write class indices (H,W) uint8 as a PNG with the palette, atomically; make the folder."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(mask))
+    image.putpalette(palette().tobytes())
     part = path.with_name(f"{path.name}.tmp")
     image.save(part, "PNG")
     os.replace(part, path)
-
-
-def check_annotations(data):
-    """Reads every labeled and validation image with its mask, so that no run fails on one hours later; warns of classes
-    without a labeled pixel.
-
-    Raises InputError for a broken file, for fewer than two labeled classes, and if nothing is annotated to validate on.
-    """
-    began, pixels = time.monotonic(), np.zeros((2, 256), np.int64)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # each holds a photograph
-        for counts, items in zip(pixels, (data.labeled, data.val)):
-            for histogram in pool.map(lambda item: read(item, data)[1].histogram(), items):
-                counts += histogram
-                if began and time.monotonic() > began + 2:
-                    print(f"reads {len(data.labeled)} labeled and {len(data.val)} validation images first", flush=True)
-                    began = None
-    labeled, val = pixels[:, : len(data.classes)] > 0
-    absent = [name for name, there in zip(data.classes, labeled) if not there]
-    if labeled.sum() < 2:
-        tool = "own_images.py" if data.name == "folder" else f"prepare.py check --dataset {data.name}"
-        raise InputError(
-            f"the labeled images of {data.name} show only {labeled.sum()} of its {len(data.classes)} classes, and "
-            f"{IGNORE} is none; expected two or more, `python tools/{tool}` says what the masks hold"
-        )
-    if not val.any():
-        raise InputError(f"the validation masks of {data.name} are all {IGNORE}; expected class indices to score")
-    if absent:
-        print(f"warning: no labeled pixel is {', '.join(absent)}, which cannot be learned", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,84 +516,104 @@ def check_annotations(data):
 
 
 def random_view(image, mask, crop, scales, rng):
-    """The weak view: a square of an image and its mask, padded right and below, resized to `crop`, perhaps flipped.
+    """The weak view: cut a square from an image and its mask, resize it to `crop`, and flip it with probability 0.5.
 
-    Returns uint8 tensors image (3,crop,crop), mask (crop,crop) and the bool valid (crop,crop), False on padding, where
-    the mask is 255. The square's side is crop / scale, so that scale is that of the image in the view.
+    Returns uint8 image (3,crop,crop), uint8 mask (crop,crop) and bool valid (crop,crop), which is False on padding.
+    There the mask is 255. The square's side is crop / scale, with a random scale.
     """
     side = max(1, round(crop / rng.uniform(*scales)))
     left, top = (int(rng.integers(max(length - side, 0) + 1)) for length in image.size)
-    flipped, views = rng.random() < 0.5, []
-    for whole, padding, resampling in (
-        (image, tuple(round(255 * mean) for mean in MEAN), Image.Resampling.BILINEAR),
-        (mask, IGNORE, Image.Resampling.NEAREST),
-        (Image.new("L", image.size, 1), 0, Image.Resampling.NEAREST),
-    ):
+    flipped = rng.random() < 0.5
+
+    def cut(whole, padding, resampling):
         square = Image.new(whole.mode, (side, side), padding)
         square.paste(whole, (-left, -top))
         view = VF.pil_to_tensor(square.resize((crop, crop), resampling))
-        views.append(view.flip(-1) if flipped else view)
-    return views[0], views[1][0], views[2][0].bool()
+        return view.flip(-1) if flipped else view
+
+    mean_color = tuple(round(255 * mean) for mean in MEAN)
+    inside = Image.new("L", image.size, 1)
+    view = cut(image, mean_color, Image.Resampling.BILINEAR)
+    label = cut(mask, IGNORE, Image.Resampling.NEAREST)
+    valid = cut(inside, 0, Image.Resampling.NEAREST)
+    return view, label[0], valid[0].bool()
 
 
-def strong_parameters(seed, number, stream=0):
-    """(factors, places, gray, sigma): of brightness, contrast, saturation and hue the factors, and the places 0 to 3 in
-    their order; whether the view is gray; the blur's sigma in pixels, 0.01 for none."""
-    rng = generator(seed, "strong", number, stream)
-    factors, places = rng.uniform((0.5, 0.5, 0.5, -0.25), (1.5, 1.5, 1.5, 0.25)), rng.permutation(4)
-    jitter, gray, blur = rng.random(3) < (0.8, 0.2, 0.5)
-    return factors if jitter else (1, 1, 1, 0), places, gray, rng.uniform(0.1, 2.0) if blur else 0.01
+def strong_parameters(seed, number, view=0):
+    """Draw the strength of a sample's strong view: brightness, contrast, saturation, hue, gray (0 or 1), blur's sigma.
 
-
-def strong_views(weak, seed, samples, stream=0):
-    """FixMatch's strong views of uint8 images (B,3,H,W), on their device: float32 in 0..255, not rounded.
-
-    torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2 and GaussianBlur(9) with 0.5, on
-    all images at once; each view is a pure function of (seed, number, stream). Geometry stays, so labels of the weak
-    views fit. samples: their numbers, see `sample_numbers`; stream: each gives another, independent view.
+    Four factors of torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2, and a blur of
+    0.1 to 2 pixels with 0.5; else values that change nothing.
     """
-    batch = len(weak)
-    same, gray = np.eye(3), np.tile((0.2989, 0.587, 0.114), (3, 1))  # matrices that keep a color, or make it gray
-    means, blends = np.zeros((6, batch, 3, 3)), np.tile(same, (7, batch, 1, 1))  # of the image's mean, of each pixel
-    turns, kernels = np.empty((batch, 3)), np.empty((batch, 3, 9))
-    for i, number in enumerate(samples):
-        (brightness, contrast, saturation, hue), places, is_gray, sigma = strong_parameters(seed, number, stream)
-        # Hue lies between the steps 2 and 3: (contrast, hue, brightness, saturation) in this order are 0, -, 4 and 5.
-        one, two, three = places[:3] + 2 * (places[:3] > places[3])
-        blends[one, i] = brightness * same
-        blends[two, i], means[two, i] = contrast * same, (1 - contrast) * gray
-        blends[three, i] = saturation * same + (1 - saturation) * gray
-        blends[6, i] = gray if is_gray else same
-        turns[i] = 6 * hue + np.array([0, 4, 2])  # sixths of the circle, for red, green, blue
-        kernels[i] = np.exp(-((np.arange(-4, 5) / sigma) ** 2) / 2)
-    kernels /= kernels.sum(2, keepdims=True)
-    table = torch.from_numpy(np.float32(np.hstack([*map(np.ravel, (means, blends, turns, kernels))])))
-    table = (table.pin_memory() if weak.is_cuda else table).to(weak.device, non_blocking=True)  # waits for nothing
-    matrices, turns, kernels = table.split([117 * batch, 3 * batch, 27 * batch])
-    *matrices, last = matrices.view(13, batch, 3, 3).unbind()
+    rng = generator(seed, "strong", number, view)
+    factors = rng.uniform((0.5, 0.5, 0.5, -0.25), (1.5, 1.5, 1.5, 0.25))
+    jitter, gray, blur = rng.random(3) < (0.8, 0.2, 0.5)
+    if not jitter:
+        factors = (1, 1, 1, 0)
+    sigma = rng.uniform(0.1, 2.0) if blur else 0.01
+    return *factors, gray, sigma
 
-    x = weak.flatten(2).float()  # (B,3,HW)
-    with torch.autocast(weak.device.type, enabled=False):
-        for step, (mean, blend) in enumerate(zip(matrices[:6], matrices[6:])):
-            if step == 3:  # hue: its angle, -3 to 3 with red at 0, is turned and becomes RGB again
-                low = x.amin(1, keepdim=True)
-                r, g, b = x.sub_(low).split(1, 1)
-                chroma = x.amax(1, keepdim=True).clamp_(min=1e-6)
-                hue = (g + b).sub_(r).add_(chroma).div_(chroma).copysign_(g - b)
-                share = (hue + turns.view(batch, 3, 1)).remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)
-                x = torch.addcmul(low, chroma, share)
-            x = torch.baddbmm(mean.bmm(x.mean(2, keepdim=True)), blend, x).clamp_(0, 255)
-        x = F.pad(last.bmm(x).view(1, -1, *weak.shape[2:]), (4, 4, 4, 4), "reflect")
-        for shape in ((1, 9), (9, 1)):
-            x = F.conv2d(x, kernels.view(3 * batch, 1, *shape), groups=3 * batch)
-    return x.view(weak.shape)
+
+def adjust_brightness(x, factor):
+    return (x * factor).clamp(0, 255)
+
+
+def adjust_contrast(x, factor):
+    mean = VF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp(0, 255)
+
+
+def adjust_saturation(x, factor):
+    return torch.lerp(VF.rgb_to_grayscale(x), x, factor).clamp(0, 255)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue by -0.5..0.5 of the color circle. Hue is counted in sixths: red 0, green 2, blue 4."""
+    low = x.amin(1, keepdim=True)
+    chroma = (x.amax(1, keepdim=True) - low).clamp(min=1e-6)
+    red, green, blue = (x - low).split(1, 1)
+    hue = ((green + blue - red) / chroma + 1).copysign(green - blue) + 6 * shift
+    shares = []
+    for peak in (0, 2, 4):
+        distance = ((hue - peak + 3).remainder(6) - 3).abs()  # from the channel's own hue, around the circle
+        shares.append((2 - distance).clamp(0, 1))
+    return low + chroma * torch.cat(shares, 1)
+
+
+def gaussian_blur(x, sigma):
+    """Blur images (B,3,H,W) by 9 x 9 pixels, each with its own sigma (B,1,1,1)."""
+    kernels = torch.exp(-((torch.arange(-4, 5, device=x.device) / sigma) ** 2) / 2)  # (B,1,1,9)
+    kernels = (kernels / kernels.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # one for each channel
+    planes = F.pad(x, (4, 4, 4, 4), "reflect").flatten(0, 1)[None]  # (1,3B,H+8,W+8)
+    planes = F.conv2d(planes, kernels, groups=len(kernels))
+    return F.conv2d(planes, kernels.mT, groups=len(kernels)).view_as(x)
+
+
+def strong_views(weak, seed, step, view=0):
+    """FixMatch's strong views of this process's batch in a step: uint8 (B,3,H,W) -> float32 in 0..255, same device.
+
+    All images of all processes take brightness, contrast, saturation and hue in the same random order, a function of
+    (seed, step, view). Each image has its own `strong_parameters`, a function of (seed, its number, view). The
+    geometry stays, so labels of the weak views fit. view: 0 or 1, independent of each other.
+    """
+    parameters = [strong_parameters(seed, number, view) for number in sample_numbers(step, len(weak))]
+    table = torch.tensor(parameters, dtype=torch.float32)
+    if weak.is_cuda:
+        table = table.pin_memory()  # so that the copy waits for nothing
+    *factors, gray, sigma = table.to(weak.device, non_blocking=True).view(-1, 6, 1, 1, 1).unbind(1)
+    adjustments = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    x = weak.float()
+    for place in generator(seed, "jitter", step, view).permutation(4):
+        x = adjustments[place](x, factors[place])
+    x = torch.lerp(x, VF.rgb_to_grayscale(x), gray)
+    return gaussian_blur(x, sigma)
 
 
 def cutmix(rng, probability, images, *maps):
-    """CutMix (Yun et al., 2019): a box of another image of the batch, and of its maps, is pasted into each image.
+    """CutMix (Yun et al., 2019): paste a box of the next image of the batch, and of its maps, into each image.
 
-    images (B,3,H,W), maps (B,H,W) each; an image is mixed with the next one of the batch, with the given probability;
-    the box covers half of the image in a random shape (French et al., 2020). Returns new tensors; a batch of one stays.
+    images (B,3,H,W), maps (B,H,W) each. Each image is mixed with the given probability. The box covers half of the
+    image in a random shape (French et al., 2020). Returns new tensors. A batch of one does not change.
     """
     batch, height, width = maps[0].shape
     mixed = [tensor.clone() for tensor in (images, *maps)]
@@ -577,7 +629,7 @@ def cutmix(rng, probability, images, *maps):
 
 
 def normalize(images):
-    """Images (B,3,H,W) in 0..255 -> float, with ImageNet's mean and standard deviation; on whatever device they are."""
+    """Return images (B,3,H,W) in 0..255 as float with ImageNet's mean and standard deviation."""
     mean, std = _mean_and_std(images.device)
     return (images - mean) / std
 
@@ -591,170 +643,110 @@ def _mean_and_std(device):
 # loaders
 
 
-def sampled(count, seed, stream, number):
-    """The index of sample `number` in an endless row of shuffled passes over `count` items; a pure function."""
+@lru_cache(maxsize=8)
+def _permutation(count, seed, stream, epoch):
+    return generator(seed, stream, epoch).permutation(count)
+
+
+def sample_index(count, seed, stream, number):
+    """Return the index of sample `number` in an endless row of shuffled passes over `count` items."""
     epoch, place = divmod(number, count)
-    return int(generator(seed, stream, epoch).permutation(count)[place])
+    return int(_permutation(count, seed, stream, epoch)[place])
 
 
-def sample_numbers(step, batch_size, rank=0, world=1):
-    """The samples that a process sees in a step: together the processes see B * world new ones."""
+def sample_numbers(step, batch_size):
+    """Return the numbers of the samples that this process sees in a step; together the processes see B * world."""
+    rank, world = rank_and_world()
     first = (step * world + rank) * batch_size
     return range(first, first + batch_size)
 
 
 class TrainingViews(Dataset):
-    """Sample n of the whole run: a view of a labeled image and, unless supervised, of an unlabeled one.
+    """Views by (number of the sample, whether it has an unlabeled image, whether that image's mask is read).
 
-    x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, 255
-    where nothing is annotated: for figures, never for the loss. Strong views are made on the device, by `strong_views`.
-    An unlabeled image that cannot be read is replaced by that of sample n + 1; broken says why, or is empty. A mask of
-    an unlabeled image that cannot be read is as good as none.
+    x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, for
+    numbers in the log only, 255 if nothing is annotated. Strong views are made on the device, by `strong_views`.
+    An unlabeled image that cannot be read is replaced by that of the next sample, with a warning.
     """
 
-    def __init__(self, data, crop, framework, seed):
-        self.data, self.crop, self.framework, self.seed = data, crop, framework, seed
+    def __init__(self, data, crop, seed):
+        self.data, self.crop, self.seed = data, crop, seed
+        self.warned = set()
 
-    def __getitem__(self, n):
-        labeled, unlabeled, how = self.data.labeled, self.data.unlabeled, (self.crop, self.data.scales)
-        item = labeled[sampled(len(labeled), self.seed, "order_x", n)]
-        x, y, _ = random_view(*read(item, self.data), *how, generator(self.seed, "view_x", n))
-        if self.framework == "supervised":
+    def __getitem__(self, sample):
+        number, with_unlabeled, with_truth = sample
+        labeled = self.data.labeled
+        item = labeled[sample_index(len(labeled), self.seed, "order_x", number)]
+        x, y, _ = self.view(read(item, self.data), "view_x", number)
+        if not with_unlabeled:
             return {"x": x, "y": y}
-        broken = ""
-        for number in range(n, n + len(unlabeled)):
-            item = unlabeled[sampled(len(unlabeled), self.seed, "order_u", number)]
-            for item in (item, item._replace(mask=None)):
+        weak, truth, valid = self.view(self.read_unlabeled(number, with_truth), "view_u", number)
+        return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid}
+
+    def view(self, pair, stream, number):
+        return random_view(*pair, self.crop, self.data.scales, generator(self.seed, stream, number))
+
+    def read_unlabeled(self, first, with_truth):
+        unlabeled = self.data.unlabeled
+        for number in range(first, first + len(unlabeled)):
+            item = unlabeled[sample_index(len(unlabeled), self.seed, "order_u", number)]
+            if with_truth:
                 try:
-                    pair, rng = read(item, self.data), generator(self.seed, "view_u", n)
-                    weak, truth, valid = random_view(*pair, *how, rng)
-                    return {"x": x, "y": y, "weak": weak, "truth": truth, "valid": valid, "broken": broken}
-                except InputError as error:
-                    reason = str(error)
-            broken = broken or reason
+                    return read(item, self.data)
+                except InputError:
+                    pass  # perhaps only the mask cannot be read
+            try:
+                return read(item._replace(mask=None), self.data)
+            except InputError as error:
+                if item.id not in self.warned:
+                    print(f"warning: {error}; the next image is used", file=sys.stderr, flush=True)
+                self.warned.add(item.id)
         raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
 
 
-def training_loader(data, steps, batch_size, crop, framework, seed, workers=0, rank=0, world=1, pin_memory=False):
-    """One batch per step of `steps` for one process of `world`; together they see one process's batch of B * world."""
-    views = TrainingViews(data, crop, framework, seed)
-    samples = [sample_numbers(step, batch_size, rank, world) for step in steps]
+def training_loader(data, steps, batch_size, crop, seed, workers=0, unlabeled=None, truth=None, pin_memory=False):
+    """Return one batch of `TrainingViews` for each of `steps`, for this process.
+
+    unlabeled, truth: functions of the step, whether its samples have an unlabeled image, and that image's mask;
+    default: always.
+    """
+    batches = []
+    for step in steps:
+        with_unlabeled = unlabeled is None or unlabeled(step)
+        with_truth = truth is None or truth(step)
+        batches.append([(number, with_unlabeled, with_truth) for number in sample_numbers(step, batch_size)])
     return DataLoader(
-        views, batch_sampler=samples, num_workers=workers, pin_memory=pin_memory, worker_init_fn=left_to_main
-    )
+        TrainingViews(data, crop, seed), batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )  # fmt: skip
 
 
-def evaluation_loader(data, items, device, workers=0, rank=0, world=1):
-    """Whole images (1,3,H,W) with masks (1,H,W), uint8, 255 to ignore; each process sees its own share, none twice."""
+def evaluation_loader(data, items, device, workers=0):
+    """Yield whole images (1,3,H,W) and masks (1,H,W), uint8, 255 to ignore; each process has its own share."""
+    rank, world = rank_and_world()
     loader = DataLoader(
-        items[rank::world], batch_size=None, collate_fn=partial(_tensors, data), num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=left_to_main,
+        items[rank::world], batch_size=None, collate_fn=partial(whole_image, data), num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
     )  # fmt: skip
     for pair in loader:
         yield [part.to(device, non_blocking=True) for part in pair]
 
 
-def _tensors(data, item):
+def whole_image(data, item):
+    """Return an item's image (1,3,H,W) and mask (1,H,W), uint8."""
     image, mask = read(item, data)
     return VF.pil_to_tensor(image)[None], VF.pil_to_tensor(mask)
 
 
-def left_to_main(worker):
-    """Stop signals are for the main process, which saves, and then ends its workers."""
-    os.setpgrp()  # Ctrl-C is sent to the main process's group
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which a scheduler may send to every process
-
-    def obey():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey, daemon=True).start()
-    sys.excepthook = lambda *error: None  # of the thread that hands tensors to a process which may have ended
+def ignore_signals(worker):
+    """Leave stop signals to the main process, which saves and then ends its loader workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# shapes: drawn images for the first run
-
-SHAPES_SIZE = 96  # pixels
-SHAPES_TRAIN, SHAPES_VAL = 480, 96  # images
-
-
-FORMS = {  # signed distance in pixels from the outline, negative inside; (u, v): centered and rotated
-    "disc": lambda u, v, radius: np.hypot(u, v) - radius,
-    "square": lambda u, v, radius: np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius,
-    "triangle": lambda u, v, radius: (
-        np.maximum.reduce([u * np.cos(a) + v * np.sin(a) for a in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)])
-        - 0.6 * radius
-    ),
-}
-TEXTURES = {  # where the second of an object's two shades shows
-    "ringed": lambda u, v, period, rng: np.hypot(u, v) % period < period / 2,
-    "striped": lambda u, v, period, rng: u % period < period / 2,
-    "zigzag": lambda u, v, period, rng: (u + np.abs(v % (2 * period) - period)) % period < period / 2,
-    "dotted": lambda u, v, period, rng: np.hypot(u % period - period / 2, v % period - period / 2) < 0.36 * period,
-    "checked": lambda u, v, period, rng: (np.floor(2 * u / period) + np.floor(2 * v / period)) % 2 == 1,
-    "speckled": lambda u, v, period, rng: (
-        rng.random((200, 200))[np.floor(2 * u / period).astype(int), np.floor(2 * v / period).astype(int)] < 0.5
-    ),
-}
-
-
-def draw_shapes(index):
-    """Drawn image `index`: (RGB image, mask), a pure function of the index.
-
-    Six classes, a form with a texture each; color says nothing. Plain blobs are background, objects hide one another,
-    everything is noisy, and a border two pixels wide around each object is 255, as in PASCAL.
-    """
-    rng = np.random.default_rng([20230913, index])
-    size = SHAPES_SIZE
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    slope = rng.normal(0, 0.3, (2, 3))
-    image = rng.uniform(0.2, 0.8, 3) + ((y / size - 0.5)[..., None] * slope[0] + (x / size - 0.5)[..., None] * slope[1])
-    mask = np.zeros((size, size), np.uint8)
-
-    def placed():
-        angle = rng.uniform(0, 2 * np.pi)
-        dy, dx = y - rng.uniform(0, size), x - rng.uniform(0, size)
-        return dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-
-    for _ in range(rng.integers(4, 9)):  # clutter, labeled background
-        u, v = placed()
-        image[np.hypot(u / rng.uniform(2, 14), v / rng.uniform(2, 8)) < 1] = rng.uniform(0, 1, 3)
-    for _ in range(rng.integers(3, 6)):
-        kind = rng.integers(len(SHAPES))
-        texture, form = SHAPES[kind]
-        u, v = placed()
-        radius, period = rng.uniform(14, 30), rng.uniform(6, 9)
-        distance = FORMS[form](u, v, radius)
-        one = rng.uniform(0.5, 1, 3)  # a bright and a dark shade of one hue, in either order
-        two = one * rng.uniform(0.1, 0.4)
-        one, two = (one, two) if rng.random() < 0.5 else (two, one)
-        if texture != "ringed":
-            u, v = (w + rng.uniform(0, period) for w in (u, v))
-        colors = np.where(TEXTURES[texture](u, v, period, rng)[..., None], one, two)
-        image = np.where((distance < 0)[..., None], colors, image)
-        mask[distance < 1] = IGNORE
-        mask[distance < -1] = 1 + kind
-    image += rng.normal(0, 0.06, image.shape)
-    return Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)), mask
-
-
-def write_shapes(root):
-    """Writes the drawn images to a folder in the layout of `list_folder`, unless it is there. Returns the folder."""
-    if root.is_dir():
-        return root
-    part = root.with_name(f"{root.name}-{os.getpid()}.tmp")
-    for index in range(SHAPES_TRAIN + SHAPES_VAL):
-        image, mask = draw_shapes(index)
-        folder = part if index < SHAPES_TRAIN else part / "val"
-        save_mask(mask, folder / "masks" / f"{index:04d}.png")
-        (folder / "images").mkdir(exist_ok=True)
-        image.save(folder / "images" / f"{index:04d}.png")
-    names = ["background", *(f"{texture} {form}" for texture, form in SHAPES)]
-    (part / "classes.txt").write_text("\n".join(names) + "\n")
-    try:
-        os.rename(part, root)
-    except OSError:  # another process was faster
-        shutil.rmtree(part)
-    return root
+@atexit.register
+def end_workers():
+    """Kill the loader workers, which ignore softer signals."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each of them
+    for worker in multiprocessing.active_children():
+        worker.kill()

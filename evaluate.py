@@ -9,6 +9,7 @@ The dataset, the classes, the network and the protocol are those that the checkp
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -26,9 +27,10 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as VF
 from torchvision.utils import draw_segmentation_masks, make_grid
 
-from data import IGNORE, InputError, evaluation_loader, normalize, open_dataset, palette
+from data import IGNORE, InputError, end_workers, evaluation_loader, normalize, open_dataset, palette, rank_and_world
+from data import whole_image
 from model import all_reduce, load_checkpoint, load_network, start_processes
-from refine import confidence, pseudo_labels, refine
+from refine import confidence, dpa_threshold, pseudo_labels, refine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prediction
@@ -41,45 +43,53 @@ class Protocol(NamedTuple):
     """How images are predicted."""
 
     eval_mode: str = "original"  # one of EVAL_MODES; "center-crop" cuts image and mask before they get here
-    crop: int = 0  # pixels, of the windows and of the center crop
+    crop: int = 0  # side of the windows or of the center crop, pixels
     tta: bool = False  # mean over TTA_SCALES and flips
     refine: dict | None = None  # options of `refine.refine`: Sec. 4.2, refinement at inference
-    bilateral: bool = False  # [ours] first the mean with the mirrored image and the filter `bilateral`
+    bilateral: bool = False  # [ours] mean with the mirrored image, then the filter `bilateral`
 
 
 def windows(side, crop):
-    """Where the windows along a side begin: every two thirds of a window, the last one flush with the border."""
+    """Return where the windows along a side begin: every two thirds of a window, the last one at the border."""
     last = max(side - crop, 0)
-    return [*range(0, last, max(1, 2 * crop // 3)), last]
+    step = max(1, 2 * crop // 3)
+    return [*range(0, last, step), last]
 
 
 def probabilities(network, image, protocol):
-    """softmax(network(image)): (1,3,H,W), normalized -> (1,C,H,W); the mean of it where windows overlap."""
+    """Return softmax(network(image)): (1,3,H,W), normalized -> (1,C,H,W); its mean where windows overlap."""
     if protocol.eval_mode != "sliding":
         return network(image).softmax(1)
-    (height, width), crop, total, covered = image.shape[-2:], protocol.crop, None, image.new_zeros(image.shape[-2:])
+    height, width = image.shape[-2:]
+    crop = protocol.crop
+    total = 0
     for top, left in itertools.product(windows(height, crop), windows(width, crop)):
         view = (..., slice(top, top + crop), slice(left, left + crop))
         prob = network(image[view]).softmax(1)
-        total = prob.new_zeros(1, prob.shape[1], height, width) if total is None else total
-        total[view] += prob
-        covered[view] += 1
-    return total / covered
+        if not torch.is_tensor(total):
+            total = prob.new_zeros(1, prob.shape[1] + 1, height, width)  # the last channel counts the windows
+        total[:, :-1][view] += prob
+        total[:, -1:][view] += 1
+    return total[:, :-1] / total[:, -1:]
 
 
 def bilateral(prob, images):
-    """[ours] Half of a pixel's probabilities are its own, half their mean over pixels of similar color.
+    """[ours] Return half of each pixel's own probabilities plus half of their mean over pixels of similar color.
 
-    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7x7 grid of pixels, 8 apart; for finished
-    networks, in training it gains nothing. prob (B,C,H,W), images (B,3,H,W) uint8 -> (B,C,H,W), a distribution.
+    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7 x 7 grid of pixels, 8 apart. It is for
+    finished networks. prob (B,C,H,W), images (B,3,H,W) uint8 -> (B,C,H,W), a distribution.
     """
+    height, width = prob.shape[-2:]
+    reach, sigma = 24, 0.05
     colors = F.avg_pool2d(images / 255, 3, 1, 1, count_include_pad=False)  # single pixels are noisy
-    (height, width), reach, sigma = prob.shape[-2:], 24, 0.05
-    probs, others = F.pad(prob, [reach] * 4), F.pad(colors, [reach] * 4, value=99)  # 99: outside the image, weight 0
-    total, weights = torch.zeros_like(prob), torch.zeros_like(prob[:, :1])
+    probs = F.pad(prob, [reach] * 4)
+    others = F.pad(colors, [reach] * 4, value=99)  # outside the image: weight 0
+    total = torch.zeros_like(prob)
+    weights = torch.zeros_like(prob[:, :1])
     for top, left in itertools.product(range(0, 2 * reach + 1, 8), repeat=2):
         view = (..., slice(top, top + height), slice(left, left + width))
-        weight = ((others[view] - colors).square().sum(1, keepdim=True) / (-2 * sigma**2)).exp()
+        distance = (others[view] - colors).square().sum(1, keepdim=True)
+        weight = (distance / (-2 * sigma**2)).exp()
         total.addcmul_(probs[view], weight)
         weights += weight
     return (prob + total / weights) / 2
@@ -87,22 +97,28 @@ def bilateral(prob, images):
 
 @torch.no_grad()
 def predict(network, pixels, protocol=Protocol()):
-    """Class probabilities of a uint8 image (1,3,H,W) on the network's device: (1,C,H,W)."""
-    image, prob = normalize(pixels), None
+    """Return the class probabilities (1,C,H,W) of a uint8 image (1,3,H,W) on the network's device."""
+    image = normalize(pixels)
     scales = TTA_SCALES if protocol.tta else (1,)
     flips = (False, True) if protocol.tta or protocol.bilateral else (False,)
-    for scale in scales:
+    total = None
+    for scale, flip in itertools.product(scales, flips):
         size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        resized = image if scale == 1 else F.interpolate(image, size, mode="bilinear", antialias=True)
-        for flip in flips:  # in place where it can be: of a large photograph each copy is a gigabyte
-            one = probabilities(network, resized.flip(-1) if flip else resized, protocol)
-            one = one.flip(-1) if flip else one
-            one = one if scale == 1 else F.interpolate(one, image.shape[-2:], mode="bilinear")
-            prob = one if prob is None else prob.add_(one)
-    prob /= len(scales) * len(flips)
+        view = image.flip(-1) if flip else image
+        if scale != 1:
+            view = F.interpolate(view, size, mode="bilinear", antialias=True)
+        prob = probabilities(network, view, protocol)
+        if scale != 1:
+            prob = F.interpolate(prob, image.shape[-2:], mode="bilinear")
+        if flip:
+            prob = prob.flip(-1)
+        total = prob if total is None else total.add_(prob)  # in place: a large photograph's copy takes a gigabyte
+    prob = total.div_(len(scales) * len(flips))
     if protocol.bilateral:
         prob = bilateral(prob, pixels)
-    return prob if protocol.refine is None else refine(prob, **protocol.refine)
+    if protocol.refine is not None:
+        prob = refine(prob, **protocol.refine)
+    return prob
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,38 +152,41 @@ def near_contour(label, distance, image_border=True):
 
 
 def boundary_confusion(prediction, label, num_classes):
-    """Boundary IoU's counts (Cheng et al., 2021), (C+1,C+1): like `confusion_matrix`, class C standing for interiors.
+    """Return boundary IoU's counts (Cheng et al., 2021), (C+1,C+1): a `confusion_matrix` with class C for interiors.
 
-    A pixel keeps its class where it is within 2% of the image's diagonal of the contour of its region. Ignored pixels
-    are a region of their own in ground truth and prediction, so that a contour under PASCAL's 255 border costs nothing.
+    A pixel keeps its class if it is within 2% of the image's diagonal of the contour of its region. Ignored pixels are
+    a region in both ground truth and prediction, so a contour under PASCAL's 255 border costs nothing.
     """
     distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
-    labels = torch.stack([prediction.masked_fill(label == IGNORE, IGNORE), label]).to(torch.uint8)
-    bands = labels.masked_fill(~near_contour(labels.flatten(0, 1), distance).view_as(labels), num_classes)
-    return confusion_matrix(*bands, num_classes + 1)
+    prediction = prediction.masked_fill(label == IGNORE, IGNORE)
+    labels = torch.stack([prediction, label]).to(torch.uint8)
+    near = near_contour(labels.flatten(0, 1), distance).view_as(labels)
+    return confusion_matrix(*labels.masked_fill(~near, num_classes), num_classes + 1)
 
 
 def intersection_over_union(confusion, classes):
-    """({class: 0-100, or None}, their mean or None): TP / (TP + FP + FN) of the first classes of a confusion matrix.
+    """Return {class: IoU 0-100, or None} and their mean, or None: TP / (TP + FP + FN) of a confusion matrix.
 
     A class in neither ground truth nor prediction is None and counts nowhere.
     """
     confusion = confusion.double()
-    iou = (100 * confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag()))[: len(classes)]
-    *iou, mean = [None if math.isnan(value) else value for value in (*iou.tolist(), iou.nanmean().item())]
-    return dict(zip(classes, iou)), mean
+    iou = 100 * confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())
+    iou = iou[: len(classes)]
+    values = [None if math.isnan(value) else value for value in iou.tolist()]
+    mean = None if iou.isnan().all() else iou.nanmean().item()
+    return dict(zip(classes, values)), mean
 
 
 @torch.no_grad()
-def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=0, world=1):
-    """Scores of a network in evaluation mode on items, counted over all processes.
+def evaluate(network, data, items, device, protocol=Protocol(), workers=0):
+    """Return the scores of a network in evaluation mode on items, counted over all processes.
 
     {"miou", "boundary_miou", "pixel_accuracy": 0-100, "iou", "boundary_iou": {class: 0-100, or None}}.
     Raises InputError if no pixel has a label.
     """
     classes = len(data.classes)
     counts = torch.zeros(2, classes + 1, classes + 1, dtype=torch.long, device=device)
-    for image, label in evaluation_loader(data, items, device, workers, rank, world):
+    for image, label in evaluation_loader(data, items, device, workers):
         if protocol.eval_mode == "center-crop":
             size = [min(protocol.crop, side) for side in label.shape[-2:]]
             image, label = VF.center_crop(image, size), VF.center_crop(label, size)
@@ -179,18 +198,27 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0, rank=
         raise InputError("no pixel of the images to score has a label; expected class indices, not only 255")
     iou, miou = intersection_over_union(confusion, data.classes)
     boundary_iou, boundary_miou = intersection_over_union(boundaries, data.classes)
-    scores = {"miou": miou, "boundary_miou": boundary_miou, "iou": iou, "boundary_iou": boundary_iou}
-    return scores | {"pixel_accuracy": (100 * confusion.diag().sum() / confusion.sum()).item()}
+    accuracy = 100 * confusion.diag().sum() / confusion.sum()
+    return {
+        "miou": miou, "boundary_miou": boundary_miou, "iou": iou, "boundary_iou": boundary_iou,
+        "pixel_accuracy": accuracy.item(),
+    }  # fmt: skip
 
 
 def table(scores):
-    """The scores as lines of text: IoU, and IoU at boundaries."""
+    """Return the scores as lines of text: IoU, and IoU at boundaries."""
     rows = {name: (value, scores["boundary_iou"][name]) for name, value in scores["iou"].items()}
-    rows["mIoU"], width = (scores["miou"], scores["boundary_miou"]), max(map(len, [*rows, "mIoU"]))
+    present = [name for name, (value, _) in rows.items() if value is not None]
+    rows["mIoU"] = (scores["miou"], scores["boundary_miou"])
+    width = max(map(len, rows))
     lines = [f"{'':{width}}       IoU  boundary"]
     for name, values in rows.items():
-        lines.append(f"{name:{width}}" + "".join(f"{'absent' if v is None else f'{v:.2f}':>10}" for v in values))
-    return "\n".join([*lines, f"pixel accuracy {scores['pixel_accuracy']:.2f}"])
+        shown = ["absent" if value is None else f"{value:.2f}" for value in values]
+        lines.append(f"{name:{width}}{shown[0]:>10}{shown[1]:>10}")
+    lines.append(f"pixel accuracy {scores['pixel_accuracy']:.2f}")
+    if len(present) == 1:
+        lines.append(f"only {present[0]} occurs, so this mIoU is the IoU of one class")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,57 +232,66 @@ def refinement_options(args, prior=None):
 
 
 def label_options(args, prior=None):
-    """The keyword arguments of `refine.pseudo_labels` that a run's arguments (a dictionary) mean."""
-    options = {"kind": args["confidence"], "refinement": args["refinement"]}
-    options |= {"threshold": args["threshold"], "floor": args.get("floor", 0.0)}
+    """Return the keyword arguments of `refine.pseudo_labels` that a run's arguments (a dictionary) mean."""
+    options = {
+        "kind": args["confidence"], "refinement": args["refinement"], "threshold": args["threshold"],
+        "floor": args.get("floor", 0.0),
+    }  # fmt: skip
     return options | refinement_options(args, prior)
 
 
 def label_counts(prob, pseudo, truth, valid, options):
-    """(8,) counts of pixels: valid, annotated; then of raw labels and of `pseudo`: kept, kept and annotated, right.
+    """Return (8,) counts of pixels: valid, annotated; of raw labels and of `pseudo`: kept, kept and annotated, right.
 
-    prob: what `pseudo` was decided from; raw: the labels without refinement, at the same threshold.
+    prob: what `pseudo` was decided from. Raw labels are those without refinement, at the same threshold.
     """
-    raw = pseudo_labels(prob, None, valid=valid, **options | {"refinement": False, "threshold": pseudo.threshold})
-    known, masks = truth != IGNORE, [valid, truth != IGNORE]
+    options = options | {"refinement": False, "threshold": pseudo.threshold}
+    raw = pseudo_labels(prob, None, valid=valid, **options)
+    known = truth != IGNORE
+    masks = [valid, known]
     for keep, label in ((raw.keep, raw.label), (pseudo.keep, pseudo.label)):
         masks += [keep, keep & known, keep & (label == truth)]
     return torch.stack([mask.sum() for mask in masks])
 
 
 def label_figures(counts):
-    """Figs. 4 and 5 from the counts: shares of pixels, 0..1, with and without refinement.
+    """Return the numbers of Figs. 4 and 5 from the counts: shares of pixels, 0..1, with and without refinement.
 
-    kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels whose truth is known,
+    kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels with ground truth,
     those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the annotated pixels.
     """
     valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
     figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1)}
     if known:
-        figures |= {"correct": right / max(judged, 1), "correct_raw": right_raw / max(judged_raw, 1)}
+        wrong, wrong_raw = judged - right, judged_raw - right_raw
+        figures["correct"] = right / max(judged, 1)
+        figures["correct_raw"] = right_raw / max(judged_raw, 1)
         figures["tp_change"] = (right - right_raw) / known
-        figures["fp_change"] = ((judged - right) - (judged_raw - right_raw)) / known
+        figures["fp_change"] = (wrong - wrong_raw) / known
     return figures
 
 
 @torch.no_grad()
-def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0, rank=0, world=1):
-    """`label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
-    counts, options = torch.zeros(8, dtype=torch.long, device=device), label_options(args, prior)
-    for image, truth in evaluation_loader(data, items, device, workers, rank, world):
+def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0):
+    """Return `label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
+    options = label_options(args, prior)
+    counts = torch.zeros(8, dtype=torch.long, device=device)
+    for image, truth in evaluation_loader(data, items, device, workers):
         prob = predict(network, image, protocol)
-        pseudo = pseudo_labels(prob, None, **options | {"threshold": image_threshold(prob, args)})
+        options["threshold"] = image_threshold(prob, args)
+        pseudo = pseudo_labels(prob, None, **options)
         counts += label_counts(prob, pseudo, truth, torch.ones_like(truth, dtype=torch.bool), options)
     return label_figures(all_reduce(counts))
 
 
 def image_threshold(prob, args):
-    """The run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence, not below its floor."""
+    """Return the run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence, from the floor."""
     if args["threshold"] is not None:
         return args["threshold"]
-    conf = confidence(prob, args["confidence"]).flatten()  # not dpa_threshold, which waits for the other processes
-    threshold = conf.kthvalue(1 + int(args["alpha0"] * (len(conf) - 1))).values
-    return threshold.clamp(min=args["floor"]) if args.get("floor") else threshold
+    threshold = dpa_threshold(confidence(prob, args["confidence"]), args["alpha0"], everywhere=False)
+    if args.get("floor"):
+        threshold = threshold.clamp(min=args["floor"])
+    return threshold
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,9 +329,11 @@ def panel(network, data, items, device, args, prior=None, protocol=Protocol(), w
     """
     options, kind, classes = label_options(args, prior), args["confidence"], len(data.classes)
     tiles = []
-    for pair in evaluation_loader(data, items, device):
-        size = [math.ceil(side * min(1, longest / max(pair[0].shape[-2:]))) for side in pair[0].shape[-2:]]
-        image, truth = VF.resize(pair[0], size), VF.resize(pair[1], size, VF.InterpolationMode.NEAREST)
+    for item in items:
+        image, truth = (part.to(device) for part in whole_image(data, item))
+        shrink = min(1, longest / max(truth.shape[-2:]))
+        size = [math.ceil(side * shrink) for side in truth.shape[-2:]]
+        image, truth = VF.resize(image, size), VF.resize(truth, size, VF.InterpolationMode.NEAREST)
         prob = predict(network, image, protocol)
         options["threshold"] = image_threshold(prob, args)
         raw, refined = (pseudo_labels(prob, None, **options | {"refinement": on}) for on in (False, True))
@@ -322,62 +361,70 @@ def panel_items(data, count=4):
 # command line
 
 
-def say(line, file=None, end="\n"):
-    """Prints at once and in one piece, beside other processes; a reader that is gone, as `| tee` is at Ctrl-C, ends
-    nothing."""
-    file = file or sys.stdout
-    try:
-        file.write(line + end)
-        file.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+def read_records(file):
+    """Return the records of a metrics.jsonl, a dictionary each. Damaged lines are dropped."""
+    records = []
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "step" in record]
 
 
 def last_line(error):
-    """Of its text, or of its kind where it has none."""
-    return (str(error).strip() or repr(error)).splitlines()[-1]
+    """Return the last line of an error's text, or its kind if it has no text."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[-1].removeprefix("data.InputError: ")  # a loader worker puts its traceback before it
+
+
+def explain(error):
+    """Return a sentence for an error that the user can mend, else the traceback."""
+    said = last_line(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; lower --crop or --batch-size, or use --eval-mode sliding for large images"
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        return f"another process is lost, and its own message may say why ({said})"
+    if isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error) or "shared memory" in str(error):
+        return f"a loader worker has ended ({said}); lower --workers, or give it more memory (Docker: --shm-size=2g)"
+    if isinstance(error, (InputError, OSError)):
+        return said
+    return "".join(traceback.format_exception(error))
 
 
 def run_script(main):
-    """Runs main and ends the process: a user's error is one sentence, a bug a traceback, both exit code 1."""
+    """Run main and end the process. A user's error is one sentence, a bug a traceback; both have exit code 1."""
     code = 0
     try:
         main()
-    except SystemExit as error:
-        code = error.code
+    except SystemExit as stop:
+        code = stop.code
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except torch.OutOfMemoryError:
-        code = "the GPU's memory is full; lower --crop or --batch-size, or, for large photographs, --eval-mode sliding"
     except Exception as error:
-        what = last_line(error)
-        if isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker"):
-            code = f"a loading process was killed ({what}); lower --workers, or give the job more (shared) memory"
-        elif isinstance(error, (InputError, OSError)):  # a loader's worker puts its traceback before the sentence
-            code = what.removeprefix("data.InputError: ")
-        elif "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
-            code = f"a process is lost, whose own message may say why ({what})"
-        else:
-            code = traceback.format_exc()
+        code = f"{Path(sys.argv[0]).name}: {explain(error)}"
     if isinstance(code, str):
-        say(f"{Path(sys.argv[0]).name}: {code}", sys.stderr)
+        print(code, file=sys.stderr)
         code = 1
     if dist.is_initialized():
-        if code:  # a process group is not taken down while others wait in it
-            say("", end="")
+        if code:  # the others may be waiting, and would keep a clean end waiting, too
+            sys.stdout.flush()
+            end_workers()
             os._exit(code)
         dist.destroy_process_group()
     sys.exit(code)
 
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a number from low (or above it) to high."""
+    """Return an argparse type: a number from low (or above it) to high."""
 
     def parse(text):
-        if low <= kind(text) <= high and not (above and kind(text) == low):
-            return kind(text)
-        limits = f"{'more than' if above else 'at least'} {low}{f' and at most {high}' if high < math.inf else ''}"
-        raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limits}")
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            limits = f"more than {low}" if above else f"at least {low}"
+            if high < math.inf:
+                limits += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; expected {limits}")
+        return value
 
     parse.__name__ = kind.__name__
     return parse
@@ -388,64 +435,88 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="last.pth or best.pth of a run")
-    add("--root", help="folder of the dataset; default: the one of the run")
+    add("--root", help="folder of the dataset; default: that of the run")
     add("--split", choices=("val", "test", "train"), help="the images to score; default: val")
-    add("--eval-mode", choices=EVAL_MODES, help="how images are predicted; default: the run's way")
-    add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: the run's")
+    add("--eval-mode", choices=EVAL_MODES, help="how images are predicted; default: as in the run")
+    add("--crop", type=number(int, 1), help="side of the windows or the center crop, pixels; default: as in the run")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
-    add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
+    add("--bilateral", action="store_true", help="mean with the mirrored image, then a filter by color [ours]")
     add("--student", action="store_true", help="the student instead of the teacher")
-    add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels, how right")
-    add("--panels", metavar="DIR", help="also write a panel of unlabeled images there, as Figs. 1, 3 and 7")
+    add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels there are, how right")
+    add("--panels", metavar="DIR", help="also write a figure of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
     workers = min(4, (os.cpu_count() or 1) - 1)
-    add("--workers", type=number(int, 0), default=workers, help="loading processes; default: 4, or all cores but one")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    add("--workers", type=number(int, 0), default=workers, help="loader workers; default: 4, or all cores but one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     if args.pseudo_labels and (args.refine or args.split):
         parser.error("--pseudo-labels are refined as in the run, on unlabeled images; expected no --refine, no --split")
     return args
 
 
-def main(args):
-    """Scores a checkpoint, or its pseudo-labels."""
-    checkpoint = load_checkpoint(args.checkpoint)
-    run, prior, root = checkpoint["args"], checkpoint.get("prior"), args.root or checkpoint["args"]["root"]
-    rank, world, device = start_processes(args.device)
-    which = "student" if args.student else "teacher"
-    network = load_network(checkpoint, which).to(device, memory_format=torch.channels_last)
-    part = "unlabeled" if args.pseudo_labels else args.split or "val"
-    parts = ("labeled", "unlabeled") if part == "train" else (part,)
-    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], parts[:1])
+def open_dataset_of(checkpoint, root, use):
+    """Open the dataset of a checkpoint, cut as in its run. Raises InputError if the classes are different."""
+    run = checkpoint["args"]
+    root = root or run["root"]
+    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], use)
     if list(data.classes) != checkpoint["classes"]:
         raise InputError(f"{root} has the classes {data.classes}; expected those of the run, {checkpoint['classes']}")
-    items = [item for one in parts for item in getattr(data, one) if item.image and (item.mask or args.pseudo_labels)]
-    options = refinement_options(run, prior) if args.refine else None
-    eval_mode, crop = args.eval_mode or run["eval_mode"], args.crop or run["crop"]
-    if args.pseudo_labels and eval_mode == "center-crop":  # a way to score, not to label
-        eval_mode = "original"
-    protocol = Protocol(eval_mode, crop, args.tta, options, args.bilateral)
+    return data
+
+
+def warn_of_ids(checkpoint, part, items):
+    """Warn if the images to score are not the run's, or if the run was trained on their labels."""
+    ids = {item.id for item in items}
+    trained = len(ids & set(checkpoint["labeled"]))
+    if trained:
+        print(f"warning: {trained} of these {len(ids)} images were labeled in training; scores on them are too high")
+    if part == "val" and ids != set(checkpoint["val"]):
+        print("warning: these are not the validation images of the run; do not compare the scores")
+
+
+def main(args):
+    """Score a checkpoint, or its pseudo-labels."""
+    checkpoint = load_checkpoint(args.checkpoint)
+    run, prior = checkpoint["args"], checkpoint["prior"]
+    device = start_processes(args.device)
+    network = load_network(checkpoint, "student" if args.student else "teacher")
+    network = network.to(device, memory_format=torch.channels_last)
+    part = "unlabeled" if args.pseudo_labels else args.split or "val"
+    parts = ("labeled", "unlabeled") if part == "train" else (part,)
+    data = open_dataset_of(checkpoint, args.root, parts[:1])
+    items = [item for name in parts for item in getattr(data, name) if item.image]
+    if not args.pseudo_labels:
+        items = [item for item in items if item.mask]
+    protocol = Protocol(
+        args.eval_mode or run["eval_mode"], args.crop or run["crop"], args.tta,
+        refinement_options(run, prior) if args.refine else None, args.bilateral,
+    )  # fmt: skip
     if args.pseudo_labels:
-        result = evaluate_labels(network, data, items, device, protocol, run, prior, args.workers, rank, world)
+        if protocol.eval_mode == "center-crop":  # it is a way to score, not to label
+            protocol = protocol._replace(eval_mode="original")
+        result = evaluate_labels(network, data, items, device, protocol, run, prior, args.workers)
         text = "\n".join(f"{name:12}{100 * value:8.2f} %" for name, value in result.items())
     else:
-        result = evaluate(network, data, items, device, protocol, args.workers, rank, world)
+        result = evaluate(network, data, items, device, protocol, args.workers)
         text = table(result)
-    if rank != 0:
+    if rank_and_world()[0] != 0:
         return
-    print(f"{args.checkpoint}, step {checkpoint['step']}: {len(items)} {part} images of {data.name}, {eval_mode}")
+    step = checkpoint["step"]
+    print(f"{args.checkpoint}, step {step}: {len(items)} {part} images of {data.name}, {protocol.eval_mode}")
+    if not args.pseudo_labels:
+        warn_of_ids(checkpoint, part, items)
     print(text)
     if args.json:
-        about = {"checkpoint": args.checkpoint, "step": checkpoint["step"], "split": part, "images": len(items)}
-        about |= {"network": which} | protocol._asdict() | {"refine": args.refine}
+        about = {"checkpoint": args.checkpoint, "step": step, "split": part, "images": len(items)}
+        about |= protocol._asdict() | {"student": args.student, "refine": args.refine}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result | about, indent=2) + "\n")
     if args.panels:
-        file = Path(args.panels) / f"step-{checkpoint['step']:06d}.png"
+        file = Path(args.panels) / f"step-{step:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        protocol = Protocol(bilateral=args.bilateral)
-        VF.to_pil_image(panel(network, data, panel_items(data), device, run, prior, protocol)).save(file)
+        picture = panel(network, data, panel_items(data), device, run, prior, Protocol(bilateral=args.bilateral))
+        VF.to_pil_image(picture).save(file)
         print(f"wrote {file}")
 
 

@@ -1,4 +1,4 @@
-"""DeepLabv3+ (Chen et al., 2018b) on torchvision's encoders, its moving-average teacher, checkpoints and processes.
+"""DeepLabv3+ (Chen et al., 2018b) on torchvision's encoders, its EMA teacher, checkpoints and processes.
 
     student = DeepLabV3Plus("resnet101", num_classes=21, weights="pretrained")
     logits = student(images)                                      # (B,3,H,W) -> (B,21,H,W)
@@ -6,14 +6,14 @@
     averaged = float_tensors(teacher), float_tensors(student)
     update_teacher(*averaged, ema_decay(updates))                 # after each optimizer step
 
-Encoders, ASPP and the moving average are the libraries' own; this file joins them.
+Encoders, ASPP and the moving average come from torch and torchvision. This file joins them.
 """
 
-import errno
+import contextlib
 import itertools
+import math
 import os
 import pickle
-import sys
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -24,18 +24,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import Conv2dNormActivation
 
-from data import MEAN, STD, InputError
+from data import MEAN, STD, InputError, rank_and_world
 
 
 class Encoder(NamedTuple):
-    """What DeepLabv3+ needs to know of a torchvision network: the stages that it reads, with their channels."""
+    """The stages of a torchvision network that DeepLabv3+ reads, with their channels."""
 
     shallow: str  # the last stage at stride 4, or an early block of a transformer
     shallow_channels: int
@@ -57,7 +56,7 @@ ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et a
 
 
 class Stages(nn.Sequential):
-    """Modules one after the other: x -> (what the one named `shallow` returns, what the last returns)."""
+    """Modules in a row: x -> (output of the one named `shallow`, output of the last one)."""
 
     def __init__(self, stages, shallow):
         super().__init__(OrderedDict(stages))
@@ -74,31 +73,38 @@ class Stages(nn.Sequential):
 class DINOv2(VisionTransformer):
     """DINOv2 with patches of 14 pixels (Oquab et al., 2023): images (B,3,H,W) -> (B,C,H/4,W/4), (B,C,H/14,W/14).
 
-    Images of any size are enlarged to whole patches. Attention compares all of them: 5,476 of 1,024 x 1,024 pixels.
+    Images of any size are enlarged to whole patches. Attention compares all patches: 5,476 for 1,024 x 1,024 pixels.
     """
 
     def __init__(self, shallow, channels):
         super().__init__(518, 14, 12, channels // 64, channels, 4 * channels)
+        torch.backends.mha.set_fastpath_enabled(False)  # in evaluation mode it is slower and takes more memory
         self.heads = nn.Identity()  # else parameters without a gradient
         self.encoder.layers = Stages(self.encoder.layers.named_children(), shallow)
 
     def forward(self, images):
-        rows, columns = (-(-side // 14) for side in images.shape[-2:])
-        x = self.conv_proj(F.interpolate(images, (14 * rows, 14 * columns), mode="bilinear")).flatten(2).mT  # (B,N,C)
-        first, grid = self.encoder.pos_embedding.split([1, 37 * 37], 1)
+        height, width = images.shape[-2:]
+        rows, columns = math.ceil(height / 14), math.ceil(width / 14)
+        images = F.interpolate(images, (14 * rows, 14 * columns), mode="bilinear")
+        patches = self.conv_proj(images).flatten(2).mT  # (B,N,C)
+        of_token, grid = self.encoder.pos_embedding.split([1, 37 * 37], 1)
         if (rows, columns) != (37, 37):
-            scales = [(side + 0.1) / 37 for side in (rows, columns)]  # authors' code: interpolate_offset
-            grid = F.interpolate(grid.mT.unflatten(2, (37, 37)), scale_factor=scales, mode="bicubic").flatten(2).mT
-        x = torch.cat([(self.class_token + first).expand(len(x), -1, -1), x + grid], 1)
-        shallow, deep = (self.encoder.ln(x)[:, 1:].mT.unflatten(2, (rows, columns)) for x in self.encoder.layers(x))
-        return F.interpolate(shallow, [-(-side // 4) for side in images.shape[-2:]], mode="bilinear"), deep
+            scales = [(rows + 0.1) / 37, (columns + 0.1) / 37]  # authors' code: interpolate_offset
+            grid = grid.mT.unflatten(2, (37, 37))
+            grid = F.interpolate(grid, scale_factor=scales, mode="bicubic").flatten(2).mT
+        token = (self.class_token + of_token).expand(len(patches), -1, -1)
+        features = self.encoder.layers(torch.cat([token, patches + grid], 1))
+        shallow, deep = (self.encoder.ln(x)[:, 1:].mT.unflatten(2, (rows, columns)) for x in features)
+        size = [math.ceil(height / 4), math.ceil(width / 4)]
+        return F.interpolate(shallow, size, mode="bilinear"), deep
 
 
 def convert_dinov2(state):
-    """DINOv2's published state dict as that of `DINOv2`. LayerScale: gamma * (W x + b) = (gamma W) x + gamma b."""
+    """Return DINOv2's published state dict as that of `DINOv2`; gamma * (W x + b) = (gamma W) x + gamma b."""
     state = {name: value for name, value in state.items() if name != "mask_token"}  # only for pretraining
     for name in [name for name in state if name.endswith(".gamma")]:
-        gamma, before = state.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        gamma = state.pop(name)
+        before = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         state[f"{before}.weight"] = gamma[:, None] * state[f"{before}.weight"]
         state[f"{before}.bias"] = gamma * state[f"{before}.bias"]
     names = {
@@ -111,75 +117,94 @@ def convert_dinov2(state):
     return state
 
 
-def _reason(error):
-    """The error in one line: torch.load's own advise to trust the file, load_state_dict's list every tensor."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it is not a torch.save file, or holds more than tensors and plain values"
-    first, *misfits = (str(error) or type(error).__name__).splitlines()
-    if first.startswith("Error(s) in loading"):  # then a line for each kind of misfit, or for each size
-        return "; ".join(line.strip("\t. ").split(', "')[0] for line in misfits[:2])
-    return first
-
-
 def encoder(name, weights="none", output_stride=16):
-    """An encoder of ENCODERS: images (B,3,H,W) -> (shallow, deep), features at stride 4 and the deepest ones.
+    """Return an encoder of ENCODERS: images (B,3,H,W) -> (shallow, deep), features at stride 4 and the deepest ones.
 
-    weights: "pretrained" or "imagenet" (torchvision's IMAGENET1K_V1, or DINOv2's own, downloaded once), "none", or a
-    file that holds that state dict. Raises InputError where there are none, or they do not fit.
+    weights: see `load_weights`.
     """
-    about, transformer = ENCODERS[name], name.startswith("dinov2")
-    if transformer:
+    about = ENCODERS[name]
+    if name.startswith("dinov2"):
         net = features = DINOv2(about.shallow, about.deep_channels)
     else:
         net = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet10" else torchvision.models.get_model(name)
         stages = list((net.features if hasattr(net, "features") else net).named_children())
-        stages = stages[: [stage for stage, _ in stages].index(about.deep) + 1]
+        names = [stage for stage, _ in stages]
+        stages = stages[: names.index(about.deep) + 1]
         replace_stride_with_dilation([stage for _, stage in stages], output_stride)
         features = Stages(stages, about.shallow)
-    try:
-        if weights not in ("pretrained", "imagenet", "none"):
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        elif transformer and weights != "none":
-            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        elif weights != "none":
-            state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict()
-        if weights != "none":
-            net.load_state_dict(convert_dinov2(state) if transformer else state)
-    except Exception as error:  # no network, no file, another network's weights, or no weights at all
-        raise InputError(
-            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
-            f"network the first time), none, or a file with {'DINOv2' if transformer else 'torchvision'}'s state dict"
-        ) from error
+    if weights != "none":
+        load_weights(net, name, weights)
     return features
 
 
+def load_weights(net, name, weights):
+    """Load pretrained weights into a network of torchvision's or DINOv2's names.
+
+    weights: "pretrained" (torchvision's IMAGENET1K_V1 or DINOv2's own, downloaded once), or a file with that state
+    dict. No code in the file is run. Raises InputError if there are none, or if they do not fit.
+    """
+    try:
+        if weights != "pretrained":
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        elif name.startswith("dinov2"):
+            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        else:
+            published = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+            state = published.get_state_dict(map_location="cpu", weights_only=True, check_hash=True)
+        if name.startswith("dinov2"):
+            state = convert_dinov2(state)
+        net.load_state_dict(state)
+    except Exception as error:  # no network, no file, another network's weights, or none are published
+        source = "DINOv2" if name.startswith("dinov2") else "torchvision"
+        raise InputError(
+            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
+            f"network the first time), none, or a file with {source}'s state dict"
+        ) from error
+
+
+def _reason(error):
+    """Return the error in one line; torch.load's own text advises to trust the file, so it is replaced."""
+    if isinstance(error, EOFError):
+        return "it is empty or cut off"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is not a torch.save file, or holds more than tensors and plain values"
+    text = str(error) or type(error).__name__
+    if text.startswith("Error(s) in loading"):
+        return "its tensors have other names or sizes"
+    return text.splitlines()[0]
+
+
 def replace_stride_with_dilation(stages, output_stride):
-    """Replaces strides beyond output_stride by dilation, in place: the same values on a finer grid."""
-    # torchvision's option of this name does the same for Bottleneck ResNets only; a test holds both side by side.
+    """Replace strides beyond output_stride by dilation, in place: the same values on a finer grid."""
+    # torchvision's option of this name does the same for Bottleneck ResNets only.
     stride, dilation = 1, 1
     for stage in stages:
-        strided = any(getattr(module, "stride", 1) in (2, (2, 2)) for module in stage.modules())
-        if strided and stride == output_stride:
-            dilation *= 2
-        elif strided:
+        has_stride = any(getattr(module, "stride", 1) in (2, (2, 2)) for module in stage.modules())
+        if has_stride and stride < output_stride:
             stride *= 2
-        for module in stage.modules() if dilation > 1 else ():
-            if isinstance(module, nn.Conv2d):
-                # The convolution that had the stride still sees the grid before it.
-                rate = dilation // 2 if module.stride == (2, 2) else dilation
-                module.stride = (1, 1)
-                if module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (rate, rate)
+        elif has_stride:
+            dilation *= 2
+        if dilation == 1:
+            continue
+        for module in stage.modules():
+            if not isinstance(module, nn.Conv2d):
+                continue
+            # The convolution that had the stride still sees the grid before it.
+            rate = dilation // 2 if module.stride == (2, 2) else dilation
+            module.stride = (1, 1)
+            if module.kernel_size != (1, 1):
+                module.dilation = (rate, rate)
+                module.padding = tuple(rate * (side // 2) for side in module.kernel_size)
 
 
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: ASPP on the deepest features, joined at stride 4 by the shallow ones.
 
-    backbone: one of ENCODERS; output_stride 16 or 8, not for DINOv2; weights: see `encoder`.
-    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4, where they
-    are decided. In training mode B must be at least 2, for ASPP's image pooling has BatchNorm on one pixel per image.
-    drop (B,deep_channels): multiplies the channels of the deepest features [UniMatch V2].
+    backbone: one of ENCODERS; output_stride: 16 or 8, not for DINOv2; weights: see `load_weights`, or "none".
+    forward: images (B,3,H,W), normalized -> logits (B,num_classes,H,W), float32, interpolated from stride 4.
+    In training mode B must be at least 2, because ASPP's image pooling has BatchNorm on one pixel per image.
+    drop (B,deep_channels): multiplies the channels of the deepest features.
     """
 
     def __init__(self, backbone, num_classes, output_stride=16, weights="none"):
@@ -207,19 +232,20 @@ class DeepLabV3Plus(nn.Module):
 
 
 def ema_decay(updates, decay=0.99):
-    """tau of Sec. 4.1 after so many updates: min(1 - 1/(updates+1), decay); the first update is a copy."""
+    """Sec. 4.1: return tau after so many updates, min(1 - 1/(updates+1), decay); the first update is a copy."""
     # Paper: tau = 0.99. Authors' code: this warm-up of tau. Here: theirs.
     return min(1 - 1 / (updates + 1), decay)
 
 
 def float_tensors(network):
-    """What the teacher averages: the list of parameters and BatchNorm's running statistics."""
-    return [tensor for tensor in itertools.chain(network.parameters(), network.buffers()) if tensor.is_floating_point()]
+    """Return what the teacher averages: the parameters and BatchNorm's running statistics."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, tau):
-    """theta_t = tau theta_t + (1 - tau) theta_s, Sec. 4.1, of both networks' `float_tensors`."""
+    """Sec. 4.1: theta_t = tau theta_t + (1 - tau) theta_s, for the `float_tensors` of both networks."""
     # AveragedModel copies its counter to the device at each update, and a GPU would wait for it.
     get_ema_multi_avg_fn(tau)(teacher, student, None)
 
@@ -227,20 +253,11 @@ def update_teacher(teacher, student, tau):
 # ----------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
-PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; travels in the checkpoint
-
-
-def cannot_write(path, error):
-    """The InputError for a system's error of writing; torch.save turns that of a full disk into a RuntimeError."""
-    advice = {errno.ENOENT: "the folder is gone; make it again", errno.ENOTDIR: "a part of the path is a file"}
-    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "it is read-only; choose a folder of your own")
-    what = advice.get(getattr(error, "errno", None), "make room")
-    kept = "the one before is kept, " if path.suffix == ".pth" and path.exists() else ""
-    return InputError(f"{path} could not be written ({str(error).splitlines()[0]}): {kept}{what}, then use --resume")
+PREPROCESSING = {"mean": list(MEAN), "std": list(STD)}  # see `data.normalize`; stored in the checkpoint
 
 
 def save_checkpoint(state, path):
-    """Atomic write of a dictionary of tensors and plain values. Raises InputError if it cannot be written."""
+    """Write a dictionary of tensors and plain values, atomically. Raises InputError if it cannot be written."""
     part = path.with_name(f"{path.name}.tmp")
     try:
         with open(part, "wb") as file:
@@ -248,13 +265,20 @@ def save_checkpoint(state, path):
             file.flush()
             os.fsync(file.fileno())  # on the disk before it replaces the last good one
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise cannot_write(path, error) from error
 
 
+def cannot_write(path, error):
+    """Return the InputError for a file that could not be written."""
+    reason = str(error).splitlines()[0]
+    return InputError(f"{path} could not be written ({reason}); make room or mend the folder, then use --resume")
+
+
 def load_checkpoint(path):
-    """The dictionary that train.py saved; no code in the file is run. Raises InputError where it is none."""
+    """Return the dictionary that train.py saved. No code in the file is run. Raises InputError if it is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["preprocessing"] != PREPROCESSING or not {"args", "classes", "teacher"} <= set(checkpoint):
@@ -262,13 +286,14 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
         reason = _reason(error) if Path(path).is_file() else "it is not there"
         raise InputError(
-            f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py"
+            f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py; if only "
+            "one of them is damaged, copy the other over it"
         ) from error
     return checkpoint
 
 
 def load_network(checkpoint, which="teacher"):
-    """The checkpoint's teacher or student, in evaluation mode on the CPU."""
+    """Return the checkpoint's teacher or student, in evaluation mode on the CPU."""
     args = checkpoint["args"]
     network = DeepLabV3Plus(args["backbone"], len(checkpoint["classes"]), args["output_stride"])
     network.load_state_dict(checkpoint[which])
@@ -278,62 +303,45 @@ def load_network(checkpoint, which="teacher"):
 # ----------------------------------------------------------------------------------------------------------------------
 # processes
 
-WAIT = 600  # seconds, for the other processes to start
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # number of tasks by srun, mpirun and others
 
 
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """The tensor, which becomes, in place, its sum (or other operation) over all processes."""
+    """Turn the tensor, in place, into its sum (or another operation) over all processes, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, operation)
     return tensor
 
 
-def average_statistics(network, world):
-    """BatchNorm's running statistics become their mean over the processes."""
+def average_statistics(network):
+    """Turn BatchNorm's running statistics into their mean over the processes."""
+    _, world = rank_and_world()
     for statistic in network.buffers():
         if statistic.is_floating_point():
-            dist.all_reduce(statistic)
+            all_reduce(statistic)
             statistic /= world
 
 
-def start_processes(wanted="auto"):
-    """Joins the processes of torchrun, if it started this one: (rank, world, device). wanted: auto, cpu or cuda."""
-    names, torchrun = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "TORCHELASTIC_RUN_ID" in os.environ
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world <= 1:
-        rank, world, local = 0, 1, 0  # whatever else an earlier job has left in the environment
-    missing = [name for name in names if name not in os.environ]
-    if world > 1 and missing:
-        raise InputError(
-            f"WORLD_SIZE={world} is in the environment, {', '.join(missing)} not; start with torchrun, or unset it"
-        )
+def start_processes(wanted="auto", minutes=10):
+    """Join the processes that torchrun started, if any, and return this one's device. wanted: auto, cpu or cuda."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+    tasks = max(int(os.environ.get(name, 1)) for name in LAUNCHERS)
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise InputError(f"{tasks} tasks without torchrun would each train alone; start one task, with torchrun")
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise InputError(f"WORLD_SIZE={world} is set, but MASTER_ADDR is not; start with torchrun, or unset WORLD_SIZE")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or a CUDA build and driver")
+        raise InputError("--device cuda, but PyTorch sees no GPU; use --device cpu, or install a CUDA build and driver")
     device = torch.device("cpu")
     if wanted != "cpu" and torch.cuda.is_available():
-        if torch.cuda.device_count() == 1 and not torchrun:
-            local = 0  # a scheduler that shows each process only its own GPU
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"process {local} has no GPU of its own; start at most {torch.cuda.device_count()}, or use --device cpu"
+                f"process {local_rank} has no GPU; start at most {torch.cuda.device_count()}, or use --device cpu"
             )
-        if world > 1 and "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
-            raise InputError("LOCAL_RANK is not in the environment; start with torchrun, or show each process one GPU")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
-        if not torchrun:
-            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
-            print(f"waits up to {WAIT} s for {world} processes, as the environment says: {given}", file=sys.stderr)
-        # On one machine torchrun --max-restarts keeps its store, and in it the addresses of processes that are gone.
-        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if alone else None
         backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            store = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))[0]
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            patience = timedelta(seconds=3 * WAIT)  # the first process reads all masks while the others wait
-            dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
-        except dist.DistError as error:
-            raise InputError(f"{world} processes did not meet in {WAIT} s; start all, or unset WORLD_SIZE") from error
-    return rank, world, device
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return device

@@ -1,23 +1,42 @@
-"""S4MC itself: which pixels of an unlabeled image get a pseudo-label, and which one.
+"""The method of S4MC: which pixels of an unlabeled image get a pseudo-label, and which label.
 
-    pseudo = pseudo_labels(teacher(image).softmax(1), alpha=dpa_alpha(step, total_steps))
+    prob = teacher(image).softmax(1)                        # after softmax: it sums to 1 over the classes
+    pseudo = pseudo_labels(prob, alpha=dpa_alpha(step, total_steps))
     total = cross_entropy(student(strong_view_of_image), pseudo.label, ignore_index=255, reduction="sum")
-    loss = total / pseudo.keep.sum().clamp(min=1)           # Eq. 3; of several processes, add up the pixels of all
+    loss = total / pseudo.keep.sum().clamp(min=1)           # Eq. 3; with several processes, sum the pixels of all
 
-This file needs only PyTorch; it can be copied into another project as it is.
+This file needs only PyTorch. It can be copied into another project as it is.
 
-    paper                       here              shape       values
-    p_c(x_jk)                   prob              (B,C,H,W)   0..1, sums to 1 over C
-    p_c(x_lm)                   q                 like prob   the same of a neighbor
-    p_c(x_jk, x_lm)             joint             like prob   0..1, Eqs. 14-16
-    p~_c(x_jk)                  refined           (B,C,H,W)   0..1, probability of a union: need not sum to 1 over C
-    beta_lm                     beta              number      0..1, Eq. 10
-    kappa                       confidence        (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
-    gamma_t                     threshold         0-d         like kappa
-    alpha_t, alpha_0            alpha, alpha0     number      0..1, share of the raw pixels at or below the threshold
-    y^_jk                       label             (B,H,W)     0..C-1, or 255 where the pixel is ignored
+    paper               here             shape       values
+    p_c(x_jk)           prob             (B,C,H,W)   0..1, sums to 1 over C
+    p_c(x_lm)           q                like prob   the same, of a neighbor
+    p_c(x_jk, x_lm)     joint            like prob   0..1, Eqs. 14-16
+    p~_c(x_jk)          refined          (B,C,H,W)   0..1; the probability of a union, need not sum to 1 over C
+    beta_lm             beta             number      0..1, Eq. 10
+    kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
+    gamma_t             threshold        0-d         like confidence
+    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of the raw pixels at or below the threshold
+    y^_jk               label            (B,H,W)     0..C-1, or 255: the pixel is ignored
+
+An example to follow by hand. Four pixels a, b, c and d lie in a row, with three classes:
+
+>>> prob = torch.tensor([[.70, .20, .10], [.45, .30, .25], [.50, .40, .10], [.20, .70, .10]]).T.view(1, 3, 1, 4)
+>>> confidence(prob).flatten()                                       # Eq. 5, raw
+tensor([0.500, 0.150, 0.100, 0.500])
+>>> dpa_threshold(confidence(prob), alpha=0.4)                       # sorted, the one at place floor(0.4 * 3) = 1
+tensor(0.150)
+>>> refine(prob)[0, :, 0].T                                          # Eq. 10, beta = 0.607 beside the pixel
+tensor([[0.782, 0.346, 0.236],
+        [0.684, 0.470, 0.295],
+        [0.636, 0.655, 0.236],
+        [0.443, 0.773, 0.155]])
+>>> confidence(refine(prob)).flatten()                               # Eq. 5, refined
+tensor([0.436, 0.214, 0.018, 0.330])
+>>> pseudo_labels(prob, alpha=0.4).label.flatten()                   # Eq. 4; without refinement only a and d
+tensor([  0,   0, 255,   1])
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -29,52 +48,74 @@ IGNORE = 255
 
 
 def confidence(prob, kind="margin"):
-    """Eq. 5 (= 13), 11 or 12: how sure each pixel is of its class; prob (B,C,H,W) -> (B,H,W).
+    """Eqs. 5, 11 and 12: return how sure each pixel is of its class; prob (B,C,H,W) -> (B,H,W).
 
-    margin:   max_c p_c - max2_c p_c      Eq. 5, 0..1
+    margin:   max_c p_c - max2_c p_c      Eq. 5 (= 13), 0..1
     max:      max_c p_c                   Eq. 11, 0..1
-    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may be lower
-    Refined probabilities are put into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
+    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; after refinement it may be lower
+    Refined probabilities go into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
-    return _ranked(prob, kind)[0]
+    return confidence_and_label(prob, kind)[0]
 
 
-def _ranked(prob, kind):
-    """(confidence, class of the largest probability), (B,H,W) each."""
-    if kind == "margin" and not prob.is_cuda:  # a running top-2: a kernel per class, but half a CPU's time
-        first = second = label = torch.zeros_like(prob[:, 0])
-        for c, p in enumerate(prob.unbind(1)):
-            label, second, first = torch.where(p > first, c, label), second.maximum(first.minimum(p)), first.maximum(p)
-        return first - second, label.long()
+def confidence_and_label(prob, kind):
+    """Return the confidence and the class of the largest probability, (B,H,W) each."""
+    if prob.dim() != 4 or prob.shape[1] < 2:
+        raise ValueError(
+            f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width) with two classes or more; "
+            "for a sigmoid use torch.cat([1 - p, p], 1)"
+        )
+    if kind == "margin" and not prob.is_cuda:
+        return _margin_and_label_on_cpu(prob)
     first, label = prob.max(1)
     if kind == "margin":
-        return first - prob.scatter(1, label[:, None], 0).amax(1), label
-    if kind not in ("max", "entropy"):
-        raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
-    return first if kind == "max" else torch.xlogy(prob, prob).sum(1), label
+        second = prob.scatter(1, label[:, None], 0).amax(1)
+        return first - second, label
+    if kind == "max":
+        return first, label
+    if kind == "entropy":
+        return torch.xlogy(prob, prob).sum(1), label
+    raise ValueError(f"confidence {kind!r} is unknown; expected 'margin', 'max' or 'entropy'")
+
+
+def _margin_and_label_on_cpu(prob):
+    """The same by a running top-2 over the classes, in half of a CPU's time."""
+    first = torch.zeros_like(prob[:, 0])
+    second = torch.zeros_like(first)
+    label = torch.zeros_like(first)
+    for c, p in enumerate(prob.unbind(1)):
+        label = torch.where(p > first, c, label)
+        second = torch.maximum(second, torch.minimum(first, p))
+        first = torch.maximum(first, p)
+    return first - second, label.long()
 
 
 def offsets(neighborhood, dilation=1, distance_weight=True):
-    """The neighbors of a pixel, [(dy, dx, beta), ...], with beta of Eq. 10.
+    """Return the neighbors of a pixel, [(dy, dx, beta), ...], with beta of Eq. 10.
 
-    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid; 1 without `distance_weight`, which is Eqs. 7-9.
-    neighborhood: 3, 5 or 7 for the N x N square without its center, "cross" for up, down, left and right.
-    Raises ValueError for another neighborhood or a dilation below 1.
+    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid; 1 without `distance_weight`, as in Eqs. 7-9.
+    neighborhood: 3, 5 or 7 for the N x N square without its center; "cross" for up, down, left and right.
+    dilation: neighbors are so many pixels apart [ours]. Raises ValueError for any other value.
     """
     # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for each neighbor of their cross.
-    # Here: Eq. 10 for every neighborhood; 0.607 beside the pixel, 0.368 on the diagonal.
+    # Here: Eq. 10 for every neighborhood, 0.607 beside the pixel and 0.368 on the diagonal.
     if neighborhood not in (3, 5, 7, "cross") or dilation < 1:
         raise ValueError(f"neighborhood {neighborhood!r}, dilation {dilation}; expected 3, 5, 7 or 'cross', 1 or more")
     reach = 1 if neighborhood == "cross" else neighborhood // 2
-    square = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1) if dy or dx]
-    grid = [(dy, dx) for dy, dx in square if neighborhood != "cross" or dy * dx == 0]
-    beta = {(dy, dx): math.exp(-(abs(dy) + abs(dx)) / 2) if distance_weight else 1.0 for dy, dx in grid}
-    return [(dilation * dy, dilation * dx, beta[dy, dx]) for dy, dx in grid]
+    grid = []
+    for dy, dx in itertools.product(range(-reach, reach + 1), repeat=2):
+        distance = abs(dy) + abs(dx)
+        if distance == 0 or (neighborhood == "cross" and distance > 1):
+            continue
+        beta = math.exp(-distance / 2) if distance_weight else 1.0
+        grid.append((dilation * dy, dilation * dx, beta))
+    return grid
 
 
 def _neighbors(x, grid, value=0):
-    """Each pixel's neighbor at each offset of the grid: shifted views of x (...,H,W), `value` outside the image."""
-    reach, (height, width) = max(dy for dy, *_ in grid), x.shape[-2:]
+    """Return each pixel's neighbor at each offset: shifted views of x (...,H,W), `value` outside the image."""
+    reach = max(dy for dy, _, _ in grid)
+    height, width = x.shape[-2:]
     around = F.pad(x, [reach] * 4, value=value)
     return [around[..., reach + dy : reach + dy + height, reach + dx : reach + dx + width] for dy, dx, _ in grid]
 
@@ -82,18 +123,18 @@ def _neighbors(x, grid, value=0):
 def refine(
     prob, neighborhood=3, neighbors=1, select="max", prior=None, distance_weight=True, dilation=1, generator=None
 ):
-    """Eqs. 7-10, Sec. 3.2.1: the probability of each class that the pixel or its best neighbor belongs to it.
+    """Eqs. 7-10, Sec. 3.2.1: return the probability that the pixel or its best neighbor is of class c, for each c.
 
-    refined_c = p_c + beta * (q_c - joint_c)      q the neighbor's probabilities, joint_c = p_c * q_c (Eq. 14)
+    refined_c = p_c + beta * (q_c - joint_c)      q is the neighbor's; joint_c = p_c * q_c (Eq. 14)
 
-    prob (B,C,H,W) -> (B,C,H,W), each value 0..1. A neighbor outside the image, or with all probabilities 0, which marks
-    padding, does not exist.
-    neighborhood, distance_weight, dilation: see `offsets`; neighbors are `dilation` pixels apart [ours].
-    select: "max" takes, class by class, the neighbor with the largest union (Eq. 9), "min" the one with the smallest,
-        "random" one position per pixel among those that exist, the same for all classes (Table 4a).
-    neighbors: how many to unite, one after another, each among those not yet taken (end of Sec. 3.2.1).
+    prob (B,C,H,W) -> (B,C,H,W), 0..1. A neighbor outside the image does not exist. Neither does one whose
+    probabilities are all 0, which marks padding.
+    neighborhood, distance_weight, dilation: see `offsets`.
+    select: "max" takes the neighbor with the largest union, class by class (Eq. 9); "min" the smallest (Table 4a);
+        "random" takes one existing position per pixel, the same for all classes (Table 4a).
+    neighbors: how many are united one after another, each among those not yet taken (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
-    generator: for "random", on prob's device. Raises ValueError for options it does not know.
+    generator: for "random", on prob's device. Raises ValueError for unknown options.
     """
     if prob.dim() != 4:
         raise ValueError(f"prob has shape {tuple(prob.shape)}; expected (batch, classes, height, width)")
@@ -101,47 +142,52 @@ def refine(
         raise ValueError(f"{neighbors} neighbors by {select!r}; expected 1 or more, by 'max', 'min' or 'random'")
     if prior is not None and prior.shape != prob.shape[1:2]:
         raise ValueError(f"prior has shape {tuple(prior.shape)}; expected one number per class, ({prob.shape[1]},)")
-    grid, sign, exists = offsets(neighborhood, dilation, distance_weight), -1 if select == "min" else 1, None
-    if select != "max" or neighbors > 1 or prior is not None:  # else what does not exist is 0 and never the best
-        exists = torch.stack(_neighbors(prob.sum(1, keepdim=True) > 0, grid))  # (len(grid),B,1,H,W)
-    if select == "random":
-        score = torch.rand(exists.shape, generator=generator, device=prob.device)
-        order = score.masked_fill(~exists, -1).argsort(0, descending=True)  # each pixel's neighbors, shuffled
+    grid = offsets(neighborhood, dilation, distance_weight)
+    if select != "max" or neighbors > 1 or prior is not None:
+        return _refine_with_options(prob, grid, neighbors, select, prior, generator)
+    size = prob.shape[1] if prob.is_cuda else 3  # three classes stay in a CPU's cache
+    return torch.cat([_refine_with_best_neighbor(p, grid) for p in prob.split(size, 1)], 1)
 
-    refined, chunk = [], prob.shape[1] if prob.is_cuda else 3  # three classes stay in a CPU's cache
-    for first in range(0, prob.shape[1], chunk):
-        classes, taken = slice(first, first + chunk), []
-        p, around = prob[:, classes], _neighbors(prob[:, classes], grid)
-        for turn in range(min(neighbors, len(grid))):
-            best, which = torch.full_like(p, 0 if exists is None else -torch.inf), -1
-            for n, ((*_, beta), q) in enumerate(zip(grid, around)):
-                gain = q * (sign * beta)  # Eqs. 10, 14: p + beta (q - p q) = p + (1 - p) beta q; 1 - p comes last
-                if prior is not None:  # Eq. 16
-                    gain = (q - p * q.maximum(prior[classes].to(q).view(-1, 1, 1))) * (sign * beta)
-                if exists is not None:
-                    free = exists[n] & (order[turn] == n) if select == "random" else exists[n]
-                    for earlier in taken:
-                        free = free & (earlier != n)
-                    gain = gain.where(free, -torch.inf)
-                    which = torch.where(gain > best, n, which)
-                best = torch.maximum(best, gain)  # Eq. 9
-            taken.append(which)
-            best = best if exists is None else best.nan_to_num(neginf=0)  # no neighbor: no gain
-            p = torch.addcmul(p, best, 1 - p, value=sign) if prior is None else p + sign * best
-        refined.append(p)
-    return torch.cat(refined, 1)
+
+def _refine_with_best_neighbor(p, grid):
+    """The method of the paper. A neighbor that does not exist has q = 0; its union is p and changes nothing."""
+    best = torch.zeros_like(p)
+    for q, (_, _, beta) in zip(_neighbors(p, grid), grid):
+        # Eq. 14: joint = p q. Eq. 10: union = p + beta (q - joint) = p + (1 - p) beta q.
+        best = torch.maximum(best, beta * q)  # Eq. 9: 1 - p is the same for all neighbors, so the largest beta q wins
+    return torch.addcmul(p, 1 - p, best)  # p + (1 - p) beta q
+
+
+def _refine_with_options(prob, grid, neighbors, select, prior, generator):
+    """Several, random or worst neighbors (Table 4a) and the prior (Eq. 16); slower, and with memory for all unions."""
+    q = torch.stack(_neighbors(prob, grid))  # (N,B,C,H,W)
+    beta = q.new_tensor([beta for _, _, beta in grid]).view(-1, 1, 1, 1, 1)
+    free = (q.sum(2, keepdim=True) > 0).expand_as(q)  # exists and is not yet taken
+    order = torch.rand(free[:, :, :1].shape, generator=generator, device=prob.device)
+    refined = prob
+    for _ in range(min(neighbors, len(grid))):
+        joint = refined * q  # Eq. 14
+        if prior is not None:
+            joint = torch.maximum(joint, refined * prior.to(q).view(-1, 1, 1))  # Eq. 16
+        union = refined + beta * (q - joint)  # Eq. 10
+        score = {"max": union, "min": -union, "random": order.expand_as(q)}[select]  # Eq. 9 takes the largest
+        best, which = score.masked_fill(~free, -torch.inf).max(0, keepdim=True)
+        refined = torch.where(best > -torch.inf, union.gather(0, which), refined)[0]
+        free = free.scatter(0, which, False)
+    return refined
 
 
 def neighbor_agreement(labels, num_classes, neighborhood=3):
-    """Eq. 15, class by class: P(a neighbor is of class c | the pixel is of class c), counted over label maps.
+    """Eq. 15 for each class: return P(a neighbor is of class c | the pixel is of class c), counted over label maps.
 
-    labels (B,H,W), integers 0..num_classes-1, or 255: such a pixel has no class, such a neighbor disagrees.
-    Returns (num_classes,), 0..1; 0 for a class that never occurs. Raises ValueError for any other label.
+    labels (B,H,W): integers 0..num_classes-1, or 255. A pixel that is 255 has no class; a neighbor that is 255
+    disagrees. Returns (num_classes,), 0..1; 0 for a class that never occurs. Raises ValueError for any other label.
     """
-    # Where 255 separates the classes, as in PASCAL, pairs of labeled pixels alone would always agree.
+    # In PASCAL 255 separates the classes: without it, the neighbors of a class would always agree.
     if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
         raise ValueError(f"labels hold values outside 0..{num_classes - 1} and 255")
-    labels, pairs, agreeing = labels.long(), 0, 0
+    labels = labels.long()
+    pairs = agreeing = 0
     for neighbor in _neighbors(labels, offsets(neighborhood), value=-1):
         pixel = labels.masked_fill(neighbor == -1, IGNORE)  # outside the image there is no pair
         pairs += torch.bincount(pixel.flatten(), minlength=IGNORE + 1)[:num_classes]
@@ -150,36 +196,41 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
 
 
 def dpa_alpha(step, total_steps, alpha0=0.4):
-    """Eq. 6: alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b."""
+    """Eq. 6: return alpha_t = alpha0 * (1 - t / iterations). Default alpha0: Sec. 3.2.2 and Table 4b."""
     # Paper: t counts iterations. Authors' code: epochs. Here: iterations.
     return alpha0 * (1 - step / total_steps)
 
 
-@torch.compiler.disable
-def dpa_threshold(conf, alpha, valid=None):
-    """gamma_t of Sec. 3.1.2: the alpha-quantile of the raw confidences of the whole batch.
+def dpa_threshold(conf, alpha, valid=None, everywhere=True):
+    """Sec. 3.1.2: return gamma_t, the alpha-quantile of the raw confidences of the whole batch.
 
-    conf: any shape, the same in every process, any range; alpha 0..1; valid: bool like conf, True on pixels that count
-    (default: all).
-    Returns a 0-d tensor on conf's device: the value of rank floor(alpha * (n - 1)) among the n valid pixels of all
-    processes, exact (torch.quantile's "lower"); +inf if there is none. Raises ValueError for another alpha.
+    conf: any shape, any range, of the same size in every process; alpha: 0..1; valid: bool like conf, True on pixels
+    that count (default: all); everywhere=False leaves out the other processes.
+    Returns a 0-d tensor on conf's device: of the n valid pixels, the one at place floor(alpha * (n - 1)) when sorted.
+    It is exact (torch.quantile's "lower"), and +inf if n is 0. Raises ValueError for another alpha.
     """
     # Paper: "all pixels of all images in the batch". Authors' code: each GPU's, on the host. Here: all processes'.
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
-    values = (conf if valid is None else conf.masked_fill(~valid, torch.inf)).float().flatten()
-    if dist.is_available() and dist.is_initialized():
-        everywhere = values.new_empty(dist.get_world_size() * len(values))
-        dist.all_gather_into_tensor(everywhere, values)
-        values = everywhere
+    if valid is not None:
+        conf = conf.masked_fill(~valid, torch.inf)
+    values = conf.float().flatten()
+    if everywhere and dist.is_available() and dist.is_initialized():
+        gathered = values.new_empty(dist.get_world_size() * len(values))
+        dist.all_gather_into_tensor(gathered, values)
+        values = gathered
     if not values.numel():
         return values.new_tensor(torch.inf)
-    rank = (((values < torch.inf).sum() - 1).clamp(min=0).double() * alpha).long()  # kthvalue would wait for a GPU
-    return values.sort().values.gather(0, rank[None])[0] if values.is_cuda else values.kthvalue(rank.item() + 1).values
+    last = ((values < torch.inf).sum() - 1).clamp(min=0)
+    place = (last.double() * alpha).long()
+    if values.is_cuda:  # kthvalue would wait for the GPU
+        return values.sort().values.gather(0, place[None])[0]
+    return values.kthvalue(place.item() + 1).values
 
 
 class PseudoLabels(NamedTuple):
     """What `pseudo_labels` returns."""
+
     label: torch.Tensor  # (B,H,W) long, 255 = ignore
     keep: torch.Tensor  # (B,H,W) bool, True on pixels that are trained on
     confidence: torch.Tensor  # (B,H,W), after refinement
@@ -190,19 +241,26 @@ class PseudoLabels(NamedTuple):
 def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, floor=0.0, refinement=True, **options):
     """Eq. 4 with Sec. 3.2.2: the threshold comes from the raw probabilities, the decision from the refined ones.
 
-    label = argmax_c refined_c where confidence(refined) > threshold, else 255
-    prob (B,C,H,W), the teacher's; alpha 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W) bool, False on
-    padding; threshold: a fixed one in place of DPA (FixMatch: 0.95), alpha is not used then; floor: DPA's threshold is
-    never below it [ours], 0: no floor; refinement=False leaves out Eqs. 7-10; options: those of `refine`.
+    label = argmax_c refined_c if confidence(refined) > threshold, else 255
+
+    prob (B,C,H,W): the teacher's, after softmax; alpha: 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W)
+    bool: False on padding; threshold: a fixed one in place of DPA's (FixMatch: 0.95), alpha is then unused; floor:
+    DPA's threshold is never below it [ours]; refinement=False leaves out Eqs. 7-10; options: those of `refine`.
     """
     # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
-    conf, label = _ranked(prob, kind)
+    conf, label = confidence_and_label(prob, kind)
     if threshold is None:
-        threshold = dpa_threshold(conf, alpha, valid).clamp(min=floor or -torch.inf)
+        threshold = dpa_threshold(conf, alpha, valid)
+        if floor:
+            threshold = threshold.clamp(min=floor)
     if refinement:
-        if valid is not None:  # padding is no neighbor: a union with 0 changes nothing
-            prob = prob.masked_fill(~valid[:, None], 0)
-        conf, label = _ranked(refine(prob, **options), kind)
-    keep = conf > threshold if valid is None else (conf > threshold) & valid
+        if valid is not None:
+            prob = prob.masked_fill(~valid[:, None], 0)  # padding is no neighbor
+        conf, label = confidence_and_label(refine(prob, **options), kind)
+    keep = conf > threshold
+    if valid is not None:
+        keep = keep & valid
     label = label.masked_fill(~keep, IGNORE)
-    return PseudoLabels(label, keep, conf, threshold if torch.is_tensor(threshold) else conf.new_full((), threshold))
+    if not torch.is_tensor(threshold):
+        threshold = conf.new_full((), threshold)
+    return PseudoLabels(label, keep, conf, threshold)

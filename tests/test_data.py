@@ -9,7 +9,6 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,9 @@ from torchvision.transforms.v2 import functional as VF
 from trees import Operations, camvid, cityscapes, folder, pascal, refused, save_palette
 
 import data as D
-from data import SPLITS, InputError, cutmix, draw_shapes, open_dataset, palette, random_view, read, training_loader
+import shapes as S
+from data import SPLITS, InputError, cutmix, open_dataset, palette, random_view, read, training_loader
+from shapes import generate
 
 SUPERVISED = ("labeled", "val")
 
@@ -32,10 +33,16 @@ def ids(items):
 
 @pytest.fixture
 def shapes(tmp_path, monkeypatch):
-    """A root for a few drawn images."""
-    monkeypatch.setattr(D, "SHAPES_TRAIN", 8)
-    monkeypatch.setattr(D, "SHAPES_VAL", 3)
+    """A root for a few generated images."""
+    monkeypatch.setattr(S, "TRAIN", 8)
+    monkeypatch.setattr(S, "VAL", 3)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def become(monkeypatch):
+    """A function: from now on this is process `rank` of `world`."""
+    return lambda rank, world: monkeypatch.setattr(D, "rank_and_world", lambda: (rank, world))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,7 +50,7 @@ def shapes(tmp_path, monkeypatch):
 
 
 def test_shapes_hold_every_class_in_any_color_and_a_255_border_around_objects():
-    images, masks = map(np.stack, zip(*((np.asarray(image), mask) for image, mask in map(draw_shapes, range(150)))))
+    images, masks = map(np.stack, zip(*((np.asarray(image), mask) for image, mask in map(generate, range(150)))))
     assert set(np.unique(masks)) == {0, 1, 2, 3, 4, 5, 6, 255}
     beside = (masks[:, :, 1:] != masks[:, :, :-1]) & (masks[:, :, 1:] != 255) & (masks[:, :, :-1] != 255)
     assert beside.mean() < 0.002  # classes hardly ever touch without a border between them
@@ -58,17 +65,22 @@ def test_shapes_are_a_function_of_their_index_written_once_as_the_folder_they_ar
     assert ids(data.unlabeled) == ["0001", "0003", "0005", "0007"]
     assert ids(data.val) == ["val/0008", "val/0009", "val/0010"]
     for item in data.labeled + data.unlabeled + data.val:
-        assert all(map(np.array_equal, read(item, data), draw_shapes(int(item.id.removeprefix("val/")))))
+        assert all(map(np.array_equal, read(item, data), generate(int(item.id.removeprefix("val/")))))
     written = {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
     open_dataset("shapes", shapes, 2)
     assert written == {path: path.stat().st_mtime_ns for path in shapes.rglob("*")}
     assert ids(open_dataset("folder", shapes / "shapes", 4).labeled) == ids(data.labeled)
 
 
-def test_the_slower_of_two_processes_takes_what_the_faster_one_has_drawn(shapes, monkeypatch):
-    ready = D.write_shapes(shapes.parent / "ready")
-    copies = {5: lambda: shutil.copytree(ready, shapes / "shapes")}
-    monkeypatch.setattr(D, "draw_shapes", lambda i: (copies.get(i, int)(), draw_shapes(i))[1])
+def test_the_slower_of_two_processes_takes_what_the_faster_one_has_written(shapes, monkeypatch):
+    S.write_shapes(shapes.parent / "ready")
+
+    def late(index):
+        if index == 5:
+            shutil.copytree(shapes.parent / "ready", shapes / "shapes")
+        return generate(index)
+
+    monkeypatch.setattr(S, "generate", late)
     (shapes / "shapes-1.tmp").mkdir(parents=True)  # of a process that was killed
     assert len(open_dataset("shapes", shapes, 4).val) == 3
     assert {path.name for path in shapes.iterdir()} == {"shapes", "shapes-1.tmp"}
@@ -88,15 +100,14 @@ def test_camvid_is_found_in_the_root_or_below_it_and_void_is_ignored(tmp_path):
 
 def test_only_the_parts_in_use_need_files(tmp_path):
     root = camvid(tmp_path / "test only", train=0, val=0, test=2)
-    for labeled in (2, "all", ["train0", "train3"]):
-        assert ids(open_dataset("camvid", root, labeled, use=("test",)).test) == ["test0", "test1"]
+    assert ids(open_dataset("camvid", root, ["train0", "train3"], use=("test",)).test) == ["test0", "test1"]
     root = camvid(tmp_path / "partial")
     for name in ("trainannot/train1.png", "trainannot/train0.png", "valannot/val0.png"):
         (root / name).unlink()
     data = open_dataset("camvid", root, ["train3"], use=("labeled", "unlabeled"))  # unlabeled images need no masks
     assert ids(data.unlabeled) == [f"train{i}" for i in (0, 1, 2, 4, 5)]
-    views = D.TrainingViews(data, 32, "fixmatch", 0)
-    blank = [D.sampled(5, 0, "order_u", n) for n in range(5) if (views[n]["truth"] == 255).all()]
+    views = D.TrainingViews(data, 32, 0)
+    blank = [D.sample_index(5, 0, "order_u", n) for n in range(5) if (views[n, True, True]["truth"] == 255).all()]
     assert sorted(blank) == [0, 1]
     says = "1 of 3 val images of camvid have no mask under .*, first val0; docs.faq"
     refused(says, open_dataset, "camvid", root, ["train3"])
@@ -110,9 +121,9 @@ def test_bad_partitions_roots_and_lists_get_one_sentence(tmp_path):
         ("camvid", root, 7, None, "--labeled 7 is impossible; expected 1 to 6 images with a mask"),
         ("camvid", root, 0, None, "--labeled 0 is impossible; expected 1 to 6 images with a mask"),
         ("camvid", root, "no.txt", None, "the list no.txt is not there, or empty; expected one image id per line"),
-        ("camvid", root, tmp_path / "list.txt", None, r"2 ids are not in .*, first \.\./.*; .* like train0,"),
+        ("camvid", root, tmp_path / "list.txt", None, r"2 ids are not .*, first \.\./.*; .* like train0,"),
         ("camvid", root, "all", None, r"has no unlabeled images; use --framework supervised, or fewer labels"),
-        ("camvid", tmp_path / "nowhere", 2, None, "camvid under .*nowhere has no training images"),
+        ("camvid", tmp_path / "nowhere", 2, None, "camvid has no training images under --root"),
         ("pascal", voc, 100, splits, r"no list of 100 labeled images; expected one of \[2, 7, 1464\], or a file"),
         ("pascal", voc, 92, None, "92 of 92 labeled images of pascal have no image"),
         ("pascal", voc, 2, splits, "1 of 6 unlabeled images of pascal have no image .*first 2008_000002; "),
@@ -147,7 +158,7 @@ def test_a_folder_has_labeled_unlabeled_and_validation_images_in_val_or_val_txt_
     (root / "classes.txt").write_text("one\ntwo\none\n")
     refused(r"classes\.txt names one twice; expected every class once", open_dataset, "folder", root, "all")
     (root / "classes.txt").write_text("\n".join(map(str, range(255))))
-    refused(r"classes\.txt names 255 classes; expected 254 at most", open_dataset, "folder", root, "all")
+    refused(r"classes\.txt names 255 classes; expected at most 254", open_dataset, "folder", root, "all")
     says = r"--root \S+ is not the dataset; expected the folders images, masks in it$"
     refused(says, open_dataset, "folder", tmp_path / "nowhere", "all")
 
@@ -181,7 +192,7 @@ def test_a_list_may_hold_suffixes_spaces_folders_masks_other_unicode_forms_and_a
         file.write_text(lines, encoding)
         assert D.id_list(file, known) == known, encoding
     file.write_text("val/photo 0\n")
-    says = "1 ids are not in .*, first val/photo 0; .* images for validation"
+    says = "1 ids are not .*, first val/photo 0; .* and no validation image"
     refused(says, open_dataset, "folder", folder(tmp_path / "mine"), file)
 
 
@@ -243,39 +254,20 @@ def test_cityscapes_reads_both_kinds_of_labels_and_ignores_what_is_no_class(tmp_
     ("mask", Image.new("L", (65, 48)), r"0\.png has \(65, 48\) pixels, its image \(64, 48\)"),
     ("mask", Image.new("RGB", (64, 48)), r"0\.png is a RGB image; expected class indices"),
 ])  # fmt: skip
-def test_a_bad_labeled_file_is_named_by_reading_checking_and_loading(tmp_path, file, bad, says):
+def test_a_bad_labeled_file_is_named_by_reading_counting_and_loading(tmp_path, file, bad, says):
     data = open_dataset("camvid", camvid(tmp_path), 2)
     bad.save(getattr(data.labeled[0], file))
-    loader = training_loader(data, range(2), 1, 32, "supervised", 0, workers="77" in says)
-    for call, *args in ((read, data.labeled[0], data), (D.check_annotations, data), (list, loader)):
+    loader = training_loader(data, range(2), 1, 32, 0, workers="77" in says)
+    for call, *args in ((read, data.labeled[0], data), (D.class_pixels, data, data.labeled), (list, loader)):
         refused(says, call, *args)
 
 
-def check(root, labeled, val):
-    """Checks a folder of two labeled and two validation images, whose masks hold such values."""
-    root = folder(root, images=3, annotated=2)
-    for place, values in ((root, labeled), (root / "val", val)):
-        for path in (place / "masks").iterdir():
-            D.save_mask(np.resize(values, (48, 64)).astype(np.uint8), path)
-    D.check_annotations(open_dataset("folder", root, "all"))
-
-
-def test_what_cannot_be_learned_is_said_before_training(tmp_path, capsys, monkeypatch):
-    for seconds, said in ((0.5, ""), (0.9, "reads 2 labeled and 2 validation images first\n")):  # of each of the four
-        clock = iter(1 + seconds * np.arange(5))
-        monkeypatch.setattr(D, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-        check(tmp_path, [0, 1, 2, 255], [0, 255])
-        assert capsys.readouterr() == (said, "")
-    monkeypatch.setattr(D, "time", SimpleNamespace(monotonic=lambda: 1))
-    check(tmp_path, [0, 2], [1])
-    assert capsys.readouterr() == ("", "warning: no labeled pixel is class 1, which cannot be learned\n")
-    for labeled, val, says in (
-        ([2, 255], [0, 1], "of folder show only 1 of its 3 classes, and 255 is none; ex"),
-        ([255], [0, 1], "of folder show only 0 of its 3 classes, and 255 is none; ex"),
-        ([0, 1, 2], [255], "the validation masks of folder are all 255; expected class indices to score"),
-        ([0, 1, 2], [77], r"val/masks/photo \d\.png holds the value 77"),
-    ):
-        refused(says, check, tmp_path, labeled, val)
+def test_each_process_counts_the_pixels_of_each_class_in_its_share(tmp_path, become):
+    data = open_dataset("camvid", camvid(tmp_path), 2)
+    for rank in range(2):
+        become(rank, 2)
+        masks = [np.asarray(read(item, data)[1]) for item in data.val[rank::2]]
+        assert D.class_pixels(data, data.val).tolist() == np.bincount(np.ravel(masks), minlength=256).tolist()
 
 
 def encoded(image, kind, **options):
@@ -378,36 +370,41 @@ def test_a_view_is_padded_cut_out_resized_and_flipped(width, height):
             assert np.array_equal(one.numpy() if one.dim() == 2 else one.permute(1, 2, 0).numpy(), expected)
 
 
-def plain_strong_view(weak, factors, places, gray, sigma):
+def plain_strong_view(weak, order, *parameters):
     """torchvision's functions one after the other, without rounding."""
+    *factors, gray, sigma = map(float, parameters)
     x = VF.to_dtype(weak, torch.float32, scale=True)
     jitter = (VF.adjust_brightness, VF.adjust_contrast, VF.adjust_saturation, VF.adjust_hue)
-    for part in np.argsort(places):
-        x = jitter[part](x, float(factors[part]))
+    for part in order:
+        x = jitter[part](x, factors[part])
     x = VF.rgb_to_grayscale(x, 3) if gray else x
     return 255 * (VF.gaussian_blur(x, [9, 9], [sigma, sigma]) if sigma >= 0.1 else x)
 
 
-@pytest.mark.parametrize("stream", [0, 1])
-def test_strong_views_are_torchvision_s(stream):
-    weak = torch.randint(0, 256, (96, 3, 21, 30), dtype=torch.uint8)
-    weak[:16] = weak[:16, :1]  # gray
-    weak[16:40] = weak[16:40] // 128 * 255  # black, white and full colors: two channels are often equal
-    weak[40:56] = weak[40:56, :, :1, :1]  # one color everywhere
-    with torch.autocast("cpu", torch.bfloat16):
-        strong = D.strong_views(weak, 3, range(5, 101), stream)
-    expected = [plain_strong_view(x, *D.strong_parameters(3, n, stream)) for n, x in enumerate(weak, 5)]
-    torch.testing.assert_close(strong, torch.stack(expected), atol=0.01, rtol=0)  # of 255
-    torch.testing.assert_close(strong[40:56], strong[40:56, :, :1, :1].expand(-1, -1, 21, 30), atol=0.001, rtol=0)
+@pytest.mark.parametrize("view", [0, 1])
+def test_strong_views_are_torchvision_s_all_in_the_order_of_their_step(view):
+    weak = torch.randint(0, 256, (12, 3, 21, 30), dtype=torch.uint8)
+    weak[:2] = weak[:2, :1]  # gray
+    weak[2:5] = weak[2:5] // 128 * 255  # black, white and full colors: two channels are often equal
+    weak[5:7] = weak[5:7, :, :1, :1]  # one color everywhere
+    for step in range(5, 25):
+        order = D.generator(3, "jitter", step, view).permutation(4)
+        parameters = [D.strong_parameters(3, 12 * step + i, view) for i in range(12)]
+        expected = [plain_strong_view(x, order, *strength) for x, strength in zip(weak, parameters)]
+        strong = D.strong_views(weak, 3, step, view)
+        torch.testing.assert_close(strong, torch.stack(expected), atol=0.01, rtol=0)  # of 255
+        torch.testing.assert_close(strong[5:7], strong[5:7, :, :1, :1].expand(-1, -1, 21, 30), atol=0.001, rtol=0)
 
 
 def test_strong_parameters_have_the_promised_ranges_and_shares():
-    factors, places, gray, sigmas = map(np.array, zip(*(D.strong_parameters(0, n) for n in range(4000))))
+    table = np.array([D.strong_parameters(0, number) for number in range(4000)])
+    factors, gray, sigmas = table[:, :4], table[:, 4], table[:, 5]
     jitter, blur = (factors != (1, 1, 1, 0)).all(1), sigmas >= 0.1
-    shares = [jitter, gray, blur, jitter & gray, jitter & blur, gray & blur]  # each on its own
-    assert np.mean(shares, 1) == pytest.approx([0.8, 0.2, 0.5, 0.16, 0.4, 0.1], abs=0.03)
+    shares = [jitter, gray, blur, jitter * gray, jitter & blur, gray * blur]  # each on its own
+    assert np.mean(shares, 1) == pytest.approx([0.8, 0.2, 0.5, 0.16, 0.4, 0.1], abs=0.03) and {*gray} == {0, 1}
     assert (factors[~jitter] == (1, 1, 1, 0)).all() and (sigmas[~blur] == 0.01).all()
-    orders, counts = np.unique(places[jitter], axis=0, return_counts=True)
+    orders = [D.generator(0, "jitter", step, 0).permutation(4) for step in range(3200)]
+    orders, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 90 and counts.max() < 180  # 133 each
     for values, low, high in [*((column, 0.5, 1.5) for column in factors[jitter, :3].T),
                               (factors[jitter, 3], -0.25, 0.25), (sigmas[blur], 0.1, 2.0)]:  # fmt: skip
@@ -415,19 +412,20 @@ def test_strong_parameters_have_the_promised_ranges_and_shares():
         assert np.abs(distance).max() < 0.04
 
 
-def test_a_strong_view_depends_on_seed_number_and_stream_and_takes_sixty_operations_however_large_the_batch():
+def test_a_strong_view_is_the_same_in_any_process_and_eighty_operations_make_those_of_a_batch_of_any_size(become):
     weak, state = torch.randint(0, 256, (6, 3, 16, 20), dtype=torch.uint8), torch.get_rng_state()
     with Operations() as six:
-        strong = D.strong_views(weak, 0, range(6))
+        strong = D.strong_views(weak, 0, 4)
     assert strong.shape == weak.shape and strong.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), state)
-    for i, alone in enumerate(weak.split(1)):  # whatever the rest of the batch
+    for seed, step, view in ((1, 4, 0), (0, 5, 0), (0, 4, 1)):
+        assert (D.strong_views(weak, seed, step, view) - strong).abs().mean() > 5
+    for rank, alone in enumerate(weak.split(1)):
+        become(rank, 6)
         with Operations() as one:
-            again = D.strong_views(alone, 0, [i])
-        torch.testing.assert_close(again[0], strong[i], atol=0.001, rtol=0)
-        assert one.count == six.count <= 60
-    for seed, numbers, stream in ((1, range(6), 0), (0, range(6, 12), 0), (0, range(6), 1)):
-        assert (D.strong_views(weak, seed, numbers, stream) - strong).abs().mean() > 5
+            again = D.strong_views(alone, 0, 4)
+        torch.testing.assert_close(again[0], strong[rank], atol=0.001, rtol=0)
+        assert one.launched == six.launched <= 80
 
 
 def test_mixing_moves_image_and_maps_together_with_the_probability_that_is_asked_for():
@@ -453,7 +451,7 @@ def test_mixing_moves_image_and_maps_together_with_the_probability_that_is_asked
 
 
 def test_every_pass_shows_every_image_once_and_in_another_order():
-    passes = [[D.sampled(7, 0, "order_u", 7 * epoch + place) for place in range(7)] for epoch in range(3)]
+    passes = [[D.sample_index(7, 0, "order_u", 7 * epoch + place) for place in range(7)] for epoch in range(3)]
     assert all(sorted(order) == [*range(7)] for order in passes)
     assert passes[0] != passes[1] != passes[2]
 
@@ -462,42 +460,70 @@ def same(one, two):
     return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
-def test_a_broken_unlabeled_image_costs_only_its_sample_and_the_next_one_takes_its_place(shapes):
+def test_a_broken_unlabeled_image_gives_one_warning_a_worker_and_the_next_takes_its_place(shapes, capfd):
     data = open_dataset("shapes", shapes, 3)
-    views = D.TrainingViews(data, 32, "fixmatch", 0)
-    whole, images = [views[n] for n in range(5)], [data.unlabeled[D.sampled(5, 0, "order_u", n)] for n in range(5)]
-    images[2].image.write_bytes(b"")
-    assert all(same(whole[n], views[n]) and not whole[n]["broken"] for n in (0, 1, 3, 4))
-    instead = random_view(*read(images[3], data), 32, data.scales, D.generator(0, "view_u", 2))
-    reason = views[2]["broken"]
-    assert same(views[2], whole[2] | dict(zip(("weak", "truth", "valid"), instead)) | {"broken": reason})
-    assert reason.startswith(f"{images[2].image} could not be read")
+    views = D.TrainingViews(data, 32, 0)
+    whole = [views[n, True, True] for n in range(5)]
+    items = [data.unlabeled[D.sample_index(5, 0, "order_u", n)] for n in range(5)]
+    items[2].image.write_bytes(b"")
+    items[4].mask.write_bytes(b"")  # as good as none
+    used = [*items[:2], items[3], items[3], items[4]._replace(mask=None)]
+    for n, item in enumerate(used):
+        new = random_view(*read(item, data), 32, data.scales, D.generator(0, "view_u", n))
+        assert same(views[n, True, True], whole[n] | dict(zip(("weak", "truth", "valid"), new)))
+    loader = training_loader(data, range(4), 5, 32, 0, workers=2)
+    for workers, samples in ((1, (views[2, True, flag] for flag in (True, False))), (2, loader)):
+        assert len([*samples]) == 2 * workers
+        warnings = capfd.readouterr().err.splitlines()
+        assert len(warnings) == workers and warnings[0].startswith(f"warning: {items[2].image} could not be read (")
+        assert all(warning.endswith("; the next image is used") for warning in warnings)
     for item in data.unlabeled:
         item.image.write_bytes(b"")
-    refused("none of the unlabeled images can be read; `python tools/prepare.py check`", views.__getitem__, 0)
+    says = "none of the unlabeled images can be read; `python tools/prepare.py check"
+    refused(says, views.__getitem__, (0, True, False))
 
 
-def batches(root, steps, batch_size, *more, seed=0, framework="fixmatch"):
-    data = open_dataset("shapes", root, 3)
-    return list(training_loader(data, steps, batch_size, 32, framework, seed, *more))
+def batches(root, steps, batch_size, workers=0, seed=0, **when):
+    return list(training_loader(open_dataset("shapes", root, 3), steps, batch_size, 32, seed, workers, **when))
 
 
-def test_neither_workers_nor_an_interruption_nor_processes_change_a_batch_and_supervised_ones_are_half_of_it(shapes):
+def test_neither_workers_nor_an_interruption_nor_processes_change_a_batch(shapes, become):
     whole = batches(shapes, range(4), 4)
     assert len(whole) == 4 and whole[0]["weak"].shape == (4, 3, 32, 32) and whole[0]["y"].dtype == torch.uint8
-    assert all(map(same, whole, batches(shapes, range(4), 4, 2)))
+    assert all(map(same, whole, batches(shapes, range(4), 4, workers=2)))
     assert all(map(same, whole[2:], batches(shapes, range(2, 4), 4)))
-    for batch, *parts in zip(whole, *(batches(shapes, range(4), 2, 0, rank, 2) for rank in range(2))):
-        assert same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
     assert not same(whole[0], batches(shapes, range(1), 4, seed=1)[0])
-    assert same(batches(shapes, range(1), 4, framework="supervised")[0], {name: whole[0][name] for name in "xy"})
+    shares = []
+    for rank in range(2):
+        become(rank, 2)
+        shares.append(batches(shapes, range(4), 2))
+    for batch, *parts in zip(whole, *shares):
+        assert same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
 
 
-def test_evaluation_shares_hold_every_image_exactly_once_and_whole_and_are_normalized_on_the_device(shapes):
-    data = open_dataset("shapes", shapes, 3)
-    shares = [list(D.evaluation_loader(data, data.val, torch.device("cpu"), 0, rank, 2)) for rank in range(2)]
-    seen = sum(shares, [])
-    assert len(seen) == 3 and not list(D.evaluation_loader(data, data.val, torch.device("cpu"), 0, 3, 4))
+def test_an_unlabeled_image_is_opened_after_the_warm_up_and_its_ground_truth_for_logged_steps(shapes, monkeypatch):
+    whole, unlabeled = batches(shapes, range(6), 4), open_dataset("shapes", shapes, 3).unlabeled
+    opened, open_image = set(), D.open_image
+    monkeypatch.setattr(D, "open_image", lambda path, mode: opened.add(path) or open_image(path, mode))
+    when = {"unlabeled": lambda step: step >= 2, "truth": lambda step: step == 4}
+    for step, wanted in enumerate(whole):
+        if step < 2:
+            wanted = {name: wanted[name] for name in "xy"}
+        elif step != 4:
+            wanted["truth"] = torch.full_like(wanted["truth"], 255)
+        assert same(batches(shapes, [step], 4, **when)[0], wanted)
+        assert bool(opened & {item.image for item in unlabeled}) == (step >= 2)
+        assert bool(opened & {item.mask for item in unlabeled}) == (step == 4)
+        opened.clear()
+
+
+def test_evaluation_shares_hold_every_image_exactly_once_and_whole_and_are_normalized_on_the_device(shapes, become):
+    data, seen = open_dataset("shapes", shapes, 3), []
+    for rank, world, count in ((0, 2, 2), (1, 2, 1), (3, 4, 0)):
+        become(rank, world)
+        share = [*D.evaluation_loader(data, data.val, torch.device("cpu"))]
+        assert len(share) == count
+        seen += share
     for (image, mask), index in zip(seen, (0, 2, 1)):
         for one, whole in zip((image[0], mask), read(data.val[index], data)):
             assert one.dtype == torch.uint8 and torch.equal(one, VF.pil_to_tensor(whole))

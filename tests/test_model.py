@@ -3,23 +3,26 @@
 import copy
 import os
 import pickle
-import re
 import resource
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from unittest.mock import Mock
+from urllib.request import urlopen
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.models import mobilenet_v2, resnet18, resnet50
-from test_train import equal, last, terminated
-from trees import camvid, truncate
+from torchvision.models import mobilenet_v2, mobilenet_v3_small, resnet18, resnet50
+from torchvision.ops.misc import SqueezeExcitation
+from trees import camvid, refused, truncate
 
 import model as M
 import train as T
-from data import InputError
 from model import ENCODERS, DeepLabV3Plus, ema_decay, encoder, update_teacher
 from tools import predict
 
@@ -79,6 +82,20 @@ def test_a_dilated_resnet_is_torchvision_s_own_under_torchvision_s_names(output_
             assert (mine.stride, mine.dilation, mine.padding) == (conv.stride, conv.dilation, conv.padding), name
 
 
+@pytest.mark.parametrize("output_stride, apart", [(16, 2), (8, 4)])
+def test_dilation_keeps_the_strided_network_s_values_whatever_its_kernels(monkeypatch, output_stride, apart):
+    monkeypatch.setattr(SqueezeExcitation, "forward", lambda self, x: x)  # it averages the pixels, which are now more
+    strided = mobilenet_v3_small(norm_layer=partial(nn.BatchNorm2d, momentum=None)).features.double()
+    image = torch.rand(1, 3, 150, 101, dtype=torch.double)
+    with torch.no_grad():
+        strided(image)  # takes the image's statistics, or the values would vanish
+        dilated = copy.deepcopy(strided.eval())
+        M.replace_stride_with_dilation([*dilated], output_stride)
+        coarse, fine = strided(image), dilated(image)
+    assert fine.shape[2:] == (-(-150 // output_stride), -(-101 // output_stride)) and coarse.std() > 0.1
+    torch.testing.assert_close(fine[:, :, ::apart, ::apart], coarse)
+
+
 @pytest.mark.parametrize(
     "name, build, below", [("resnet50", resnet50, ""), ("mobilenet_v2", mobilenet_v2, "features.")]
 )
@@ -94,47 +111,61 @@ class Evil:
         return print, ("this must not run",)
 
 
-def one_sentence(call, says):
-    """Asserts that the call raises an InputError of one line, which matches and advises nobody to trust a file."""
-    with pytest.raises(InputError, match=says) as error:
-        call()
-    message = str(error.value)
-    assert len(message.splitlines()) == 1 and "trust" not in message and "\x1b" not in message, message
+PUBLISHED = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "dinov2_vits14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+}
 
 
-def test_weights_that_do_not_fit_get_one_sentence_and_run_no_code(tmp_path, monkeypatch, capsys):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub without a network and with a cache of its own; returns the dictionary of what each address holds."""
+    online = {}
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    def urlopen_offline(request):
+        if request.full_url not in online:
+            raise OSError("no route to host")
+        torch.save(online[request.full_url], tmp_path / "online.pth")
+        return urlopen((tmp_path / "online.pth").as_uri())
+
+    monkeypatch.setattr("torch.hub.urlopen", urlopen_offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return online
+
+
+@pytest.mark.parametrize("name, whose", [("resnet18", "torchvision"), ("dinov2_vits14", "DINOv2")])
+def test_weights_that_cannot_be_loaded_get_one_sentence_and_run_no_code(tmp_path, hub, capsys, name, whose):
+    def fails(weights, reason):
+        says = rf"^--weights {weights} could not be loaded into {name} \({reason}\); expected pretrained "
+        says += rf"\(needs a network the first time\), none, or a file with {whose}'s state dict$"
+        refused(says, encoder, name, str(weights))
+
+    foreign = "it is not a torch.save file, or holds more than tensors and plain values"
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty.pth").touch()
-    foreign = "it is not a torch.save file, or holds more than tensors and plain values"
-    reasons = {"pretrained": "no route to host", tmp_path / "nowhere.pth": ".*No such file or directory.*"}
-    reasons |= {tmp_path / "empty.pth": ".+", tmp_path / "text.pth": foreign, tmp_path / "evil.pth": foreign}
-    for name, whose in (("resnet18", "torchvision"), ("dinov2_vits14", "DINOv2")):
-        for weights, reason in reasons.items():
-            says = rf"^--weights {weights} could not be loaded into {name} \({reason}\); expected pretrained "
-            says += rf"\(needs a network the first time\), none, or a file with {whose}'s state dict$"
-            one_sentence(lambda: encoder(name, str(weights)), says)
-    one_sentence(lambda: encoder("resnet10", "pretrained"), "--weights pretrained could not be loaded into resnet10")
+    fails(tmp_path / "nowhere.pth", ".*No such file or directory.*")
+    fails(tmp_path / "empty.pth", "it is empty or cut off")
+    fails(tmp_path / "text.pth", foreign)
+    fails(tmp_path / "evil.pth", foreign)
+    fails("pretrained", "no route to host")
+    (tmp_path / "evil.pth").rename(tmp_path / "hub" / "checkpoints" / Path(PUBLISHED[name]).name)
+    fails("pretrained", foreign)  # from the cache
     assert "must not run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, state, says", [
-    ("resnet18", lambda: resnet50().state_dict(), "(Unexpected key(s) in state_dict: "),
-    ("mobilenet_v2", lambda: {"state_dict": {}},
-     '(Missing key(s) in state_dict: "features.0.0.weight"; Unexpected key(s) in state_dict: "state_dict");'),
-    ("mobilenet_v2", lambda: mobilenet_v2(num_classes=21).state_dict(), "(size mismatch for classifier.1.weight: "),
-    ("dinov2_vits14", lambda: published("dinov2_vits14") | {"register_tokens": torch.zeros(1, 4, 384)},
-     '(Unexpected key(s) in state_dict: "register_tokens");'),
-    ("dinov2_vits14", lambda: published("dinov2_vitb14"), "(size mismatch for class_token: "),
-])  # fmt: skip
-def test_weights_of_another_network_are_told_by_the_first_tensor_that_does_not_fit(tmp_path, name, state, says):
-    torch.save(state(), tmp_path / "other.pth")
-    one_sentence(lambda: encoder(name, str(tmp_path / "other.pth")), re.escape(says))
+def test_weights_of_another_network_and_others_than_the_published_ones_are_refused(tmp_path, hub):
+    vits, vitb = published("dinov2_vits14"), published("dinov2_vitb14")
+    for name, state in (
+        ("resnet18", resnet50().state_dict()), ("mobilenet_v2", {"state_dict": {}}),
+        ("mobilenet_v2", mobilenet_v2(num_classes=21).state_dict()), ("dinov2_vits14", vitb),
+        ("dinov2_vits14", vits | {"register_tokens": torch.zeros(1, 4, 384)}),
+    ):  # fmt: skip
+        torch.save(state, tmp_path / "other.pth")
+        refused(r"\(its tensors have other names or sizes\);", encoder, name, str(tmp_path / "other.pth"))
+    hub[PUBLISHED["resnet18"]] = resnet18().state_dict()
+    refused('invalid hash value .expected "f37072fd", got', encoder, "resnet18", "pretrained")
+    refused("--weights pretrained could not be loaded into resnet10", encoder, "resnet10", "pretrained")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,16 +238,13 @@ def test_dinov2_is_the_plain_loop_over_published_weights_at_any_size(name, size,
         torch.testing.assert_close(shallow, early, rtol=1e-9, atol=1e-9)
 
 
-def test_dinov2_s_weights_come_from_its_authors_or_a_file_of_theirs(tmp_path, monkeypatch):
-    name = "dinov2_vits14"
-    asked, state, file = [], published(name), str(tmp_path / "published.pth")
+def test_dinov2_s_weights_come_from_its_authors_or_a_file_of_theirs(tmp_path, hub):
+    state, file = published("dinov2_vits14"), str(tmp_path / "published.pth")
     torch.save(state, file)
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *args, **how: asked.append((args, how)) or state)
-    one, two, three = (encoder(name, weights).state_dict() for weights in ("pretrained", "imagenet", file))
-    assert all(torch.equal(value, two[key]) and torch.equal(value, three[key]) for key, value in one.items())
+    hub[PUBLISHED["dinov2_vits14"]] = state
+    one, two = (encoder("dinov2_vits14", weights).state_dict() for weights in ("pretrained", file))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert torch.equal(one["conv_proj.weight"], state["patch_embed.proj.weight"])
-    url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
-    assert asked == 2 * [((url,), {"map_location": "cpu", "weights_only": True})]
 
 
 @pytest.mark.slow
@@ -233,21 +261,27 @@ def test_dinov2_compiles_as_one_graph_with_the_same_gradients():
 
 DINOV2_RUN = (
     "--dataset camvid --labeled 2 --backbone dinov2_vits14 --weights none --crop 56 --batch-size 2 --warmup-iters 1 "
-    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --framework unimatch"
+    "--iters 3 --eval-every 1 --workers 0 --device cpu --optimizer adamw --lr 5e-6 --head-lr 2e-4 --floor 0 "
+    "--framework unimatch"
 )
 
 
 @pytest.mark.slow
-def test_unimatch_with_dinov2_resumes_bit_for_bit_and_predicts_images_of_any_size(tmp_path):
+def test_unimatch_with_dinov2_resumes_bit_for_bit_and_predicts_images_of_any_size(tmp_path, monkeypatch):
     data = camvid(tmp_path / "data")
 
-    def run(options="", out="run", network=None):
+    def run(options="", out="run"):
         T.main(T.parse_args(f"{DINOV2_RUN} --root {data} --out {tmp_path / out} {options}".split()))
-        return last(tmp_path / out)
+        return M.load_checkpoint(tmp_path / out / "last.pth")
 
     whole = run(out="whole")
-    terminated(run, "", 1)
-    assert last(tmp_path / "run")["step"] == 2 and equal(whole, run("--resume"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(T, "write_panel", Mock(side_effect=KeyboardInterrupt))  # after a checkpoint was saved
+        run()
+    assert M.load_checkpoint(tmp_path / "run" / "last.pth")["step"] == 2
+    resumed = run("--resume")
+    for part in ("student", "teacher"):
+        torch.testing.assert_close(resumed[part], whole[part], rtol=0, atol=0)
     Image.new("RGB", (91, 47)).save(data / "photo.png")
     options = f"{tmp_path / 'run' / 'last.pth'} --images {data} --masks {tmp_path / 'masks'} --device cpu"
     predict.main(predict.parse_args(options.split()))
@@ -259,7 +293,7 @@ def test_two_processes_train_dinov2_together(tmp_path):
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {T.__file__} {DINOV2_RUN} "
     command += f"--root {camvid(tmp_path / 'data')} --out {tmp_path / 'run'}"
     subprocess.run(command.split(), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    saved = last(tmp_path / "run")
+    saved = M.load_checkpoint(tmp_path / "run" / "last.pth")
     assert saved["step"] == 3 and saved["args"]["processes"] == 2
 
 
@@ -322,9 +356,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, before):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        kept = "the one before is kept, " if before else ""
-        says = rf"last\.pth could not be written \(.+\): {kept}make room, then use --resume"
-        one_sentence(lambda: M.save_checkpoint(checkpoint(step=2), path), says)
+        says = r"last\.pth could not be written \(.+\); make room or mend the folder, then use --resume"
+        refused(says, M.save_checkpoint, checkpoint(step=2), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [*tmp_path.iterdir()] == ([path] if before else []) and (not before or path.read_bytes() == content)
@@ -342,9 +375,9 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
     (tmp_path / "empty.pth").touch()
     for path in tmp_path.glob("*.pth"):
         says = rf"checkpoint {path} could not be read \(.+\); expected last.pth or best.pth of this train.py"
-        one_sentence(lambda: M.load_checkpoint(path), says)
+        refused(says, M.load_checkpoint, path)
     for place in (tmp_path / "none.pth", tmp_path):
-        one_sentence(lambda: M.load_checkpoint(place), r"could not be read \(it is not there\)")
+        refused(r"could not be read \(it is not there\)", M.load_checkpoint, place)
     assert "must not run" not in capsys.readouterr().out
 
 
@@ -353,19 +386,25 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
 
 
 def test_without_torchrun_there_is_one_process_and_a_gpu_is_only_asked_for_where_there_is_one(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", *M.LAUNCHERS):
         monkeypatch.delenv(name, raising=False)
-    assert M.start_processes("cpu") == (0, 1, torch.device("cpu"))
+    joined = Mock()
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined)
+    assert M.start_processes("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert M.start_processes("auto") == (0, 1, torch.device("cpu"))
-    one_sentence(lambda: M.start_processes("cuda"), "--device cuda, but PyTorch sees no GPU; use --device cpu")
+    assert M.start_processes("auto") == torch.device("cpu")
+    refused("--device cuda, but PyTorch sees no GPU; use --device cpu", M.start_processes, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("RANK", "3")  # a leftover alone means nothing
-    assert M.start_processes("cpu") == (0, 1, torch.device("cpu"))
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, {"WORLD_SIZE": "2"}.get(name, "1"))
-    one_sentence(lambda: M.start_processes("auto"), "process 1 has no GPU of its own; start at most 1")
-    monkeypatch.delenv("LOCAL_RANK")  # as under srun, where each process sees all GPUs
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one_sentence(lambda: M.start_processes("auto"), "LOCAL_RANK is not in the environment; start with")
+    for name in ("RANK", "LOCAL_RANK"):  # a leftover alone means nothing
+        monkeypatch.setenv(name, "1")
+    assert M.start_processes("cpu") == torch.device("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    refused("4 tasks without torchrun would each train alone; start one task, with torchrun", M.start_processes, "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("WORLD_SIZE=2 is set, but MASTER_ADDR is not; start with torchrun, or", M.start_processes, "cpu")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    refused("process 1 has no GPU; start at most 1, or use --device cpu", M.start_processes, "auto")
+    joined.assert_not_called()
+    assert M.start_processes("cpu", minutes=3) == torch.device("cpu")
+    joined.assert_called_once_with("gloo", timeout=timedelta(minutes=3))

@@ -1,5 +1,6 @@
 """refine.py against plain loops, closed forms and the paper's own numbers."""
 
+import doctest
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ import torch.multiprocessing as mp
 from torch._subclasses import FakeTensorMode
 from trees import Operations
 
+import refine as refine_module
 from refine import confidence, dpa_alpha, dpa_threshold, neighbor_agreement, offsets, pseudo_labels, refine
 
 
@@ -46,6 +48,13 @@ def test_refined_margin_matches_the_worked_example_of_section_3_2_1():
     refined = refine(prob, distance_weight=False)
     assert torch.allclose(refined[0, :, 0, 0], torch.tensor([0.85, 0.65]))
     assert torch.allclose(confidence(refined)[0, 0, 0], torch.tensor(0.20))
+
+
+def test_the_worked_example_of_the_docstring_is_what_the_functions_compute():
+    torch.set_printoptions(precision=3)
+    result = doctest.testmod(refine_module)
+    torch.set_printoptions(profile="default")
+    assert result.failed == 0 and result.attempted == 6
 
 
 def test_beta_is_equation_10_counted_in_steps_of_the_grid_and_alpha_equation_6():
@@ -178,7 +187,7 @@ def test_the_threshold_comes_from_raw_probabilities_or_is_given_and_the_decision
     assert (keep.float().mean().item() == pytest.approx(0.6, abs=1e-3)) == (options == {"refinement": False})
 
 
-def test_pseudo_labels_take_eighty_operations_on_a_gpu_however_many_classes():
+def test_pseudo_labels_take_seventy_operations_on_a_gpu_however_many_classes():
     counts = []
     for classes in (2, 21, 150):
         with FakeTensorMode(), Operations() as operations:  # knows shapes and devices, computes nothing
@@ -187,7 +196,7 @@ def test_pseudo_labels_take_eighty_operations_on_a_gpu_however_many_classes():
             operations.count = 0
             assert pseudo_labels(prob, 0.4, valid=valid).label.device.type == "cuda"
         counts.append(operations.count)
-    assert counts[0] == counts[1] == counts[2] <= 80
+    assert counts[0] == counts[1] == counts[2] <= 70
 
 
 @pytest.mark.parametrize("options", [
@@ -211,6 +220,7 @@ def test_padding_reaches_neither_neighbors_nor_label_nor_quantile(options):
     (lambda p: confidence(p, "gap"), "expected 'margin', 'max' or 'entropy'"),
     (lambda p: refine(p, 4), "expected 3, 5, 7 or 'cross'"),
     (lambda p: refine(p, select="best"), "by 'best'; expected 1 or more, by 'max', 'min' or 'random'"),
+    (lambda p: pseudo_labels(p[:, :1], 0.4), "with two classes or more; for a sigmoid use torch.cat([1 - p, p], 1)"),
     (lambda p: refine(p[0]), "expected (batch, classes, height, width)"),
     (lambda p: refine(p, prior=torch.ones(3)), "expected one number per class"),
     (lambda p: dpa_threshold(p, 1.5), "expected a share from 0 to 1"),

@@ -1,5 +1,7 @@
 """Tiny trees of files in the layouts of the datasets, each function returns the root; what else several tests use."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,15 @@ from data import InputError, palette, save_mask
 
 
 def camvid(root, train=6, val=3, size=(64, 48), test=0):
-    """SegNet's layout: masks are 0 above, 3 below, and void (11) in the last row; images show the mask."""
-    mask = np.zeros((size[1], size[0]), np.uint8)
-    mask[size[1] // 2 :], mask[-1] = 3, 11
+    """SegNet's layout: masks are 0 above, 3 below, in val/ from other rows, then void (11); images show them."""
     for split, count in (("train", train), ("val", val), ("test", test)):
         for i in range(count):
+            horizon = size[1] // 2
+            if split == "val":
+                horizon += (0, 9, 3, 15)[i % 4]
+            mask = np.zeros((size[1], size[0]), np.uint8)
+            mask[horizon:] = 3
+            mask[-1] = 11
             for folder, pixels in ((split, np.stack([mask * 20 + i] * 3, 2)), (f"{split}annot", mask)):
                 (root / folder).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(root / folder / f"{split}{i}.png")
@@ -91,11 +97,12 @@ def cityscapes(root, splits):
 
 
 class Operations(TorchDispatchMode):
-    """Counts and names what PyTorch is asked to compute."""
+    """Counts and names what PyTorch is asked to compute. Views, which only look at a tensor, are not launched."""
 
-    count, names = 0, ()
+    count, launched, names = 0, 0, ()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.launched += not operation.is_view
         self.count += operation is not torch.ops.prim.device.default  # a fake tensor's question about itself
         self.names += (operation.__name__,)
         return operation(*args, **(kwargs or {}))
@@ -108,6 +115,8 @@ def truncate(*paths):
 
 
 def refused(says, function, *args, **options):
-    """Fails unless the function refuses such arguments in a sentence that matches."""
-    with pytest.raises(InputError, match=says):
+    """Fails unless the function refuses such arguments in one line that matches and advises nobody to trust a file."""
+    with pytest.raises(InputError, match=says) as error:
         function(*args, **options)
+    said = str(error.value)
+    assert said.startswith("Caught") or not re.search("\n|trust|\x1b", said), said  # from a loader worker: a traceback

@@ -26,7 +26,7 @@ from torchvision.utils import make_grid
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-from data import IGNORE, READABLE, InputError, open_image, save_mask, suffix, walk  # noqa: E402
+from data import IGNORE, READABLE, InputError, open_image, rank_and_world, save_mask, suffix, walk  # noqa: E402
 from evaluate import Protocol, image_threshold, label_options, last_line, number, overlay, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
 from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
@@ -156,7 +156,8 @@ def main(args):
     paths = name_images(images, folder.parent if folder.is_file() else folder)
     checkpoint = load_checkpoint(args.checkpoint)
     run, prior, classes = checkpoint["args"], checkpoint.get("prior"), checkpoint["classes"]
-    rank, world, device = start_processes(args.device)
+    device = start_processes(args.device)
+    rank, world = rank_and_world()
     network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
     refinement = refinement_options(run, prior) if args.refine else None
     options = label_options(run, prior)

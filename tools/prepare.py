@@ -18,7 +18,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import DATASETS, IGNORE, SPLITS, InputError, id_list, labeled_ids, list_cityscapes, list_pascal  # noqa: E402
+from data import DATASETS, IGNORE, SPLITS, InputError, id_list, list_cityscapes, list_pascal  # noqa: E402
 from data import open_dataset, read, save_mask  # noqa: E402
 from evaluate import run_script  # noqa: E402
 
@@ -81,34 +81,39 @@ def cityscapes(args):
 
 
 def check(args):
-    """Reads every image and mask in use and prints what they hold. Raises InputError after naming what is wrong."""
-    data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())  # all training images are unlabeled
-    labeled = labeled_ids(args.dataset, data.unlabeled, args.labeled, Path(args.splits or SPLITS) / args.dataset)
-    parts = {"labeled": [], "unlabeled": [], "val": data.val} | ({"test": data.test} if data.test else {})
-    for item in data.unlabeled:
-        parts["labeled" if item.id in labeled else "unlabeled"].append(item)
+    """Read every image and mask in use and print what they hold. Raises InputError after naming what is wrong."""
+    data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())
     sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
 
-    def look(item):
-        """(size, pixels of the mask by class), or None after noting a problem."""
+    def inspect(item):
+        """Return (size, pixels of the mask by class), or None after noting a problem."""
         try:
             image, mask = read(item, data)
         except InputError as error:
-            return problems.append(str(error))
-        return image.size, np.array(mask.histogram()) * (item.mask is not None)
+            problems.append(str(error))
+            return None
+        histogram = np.array(mask.histogram()) if item.mask else np.zeros(256, np.int64)
+        return image.size, histogram
 
-    for part, items in parts.items():
-        images, masks = ([item for item in items if getattr(item, kind)] for kind in ("image", "mask"))
-        optional = " (none needed)" * (part == "unlabeled")
-        print(f"{part}: {len(items)} images, {len(masks)} masks{optional}", flush=True)
+    for part in ("labeled", "unlabeled", "val", "test"):
+        items = getattr(data, part)
+        if part == "test" and not items:
+            continue
+        images = [item for item in items if item.image]
+        masks = [item for item in items if item.mask]
+        note = " (none needed)" if part == "unlabeled" else ""
+        print(f"{part}: {len(items)} images, {len(masks)} masks{note}", flush=True)
         problems += [f"image {item.id} is missing" for item in items if not item.image]
-        problems += [f"mask of the {part} image {item.id} is missing" for item in items if not (item.mask or optional)]
+        if part != "unlabeled":
+            problems += [f"mask of the {part} image {item.id} is missing" for item in items if not item.mask]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for size, histogram in filter(None, pool.map(look, images)):
+            for size, histogram in filter(None, pool.map(inspect, images)):
                 sizes[size] += 1
                 pixels += histogram
     common = [f"{width} x {height} ({count})" for (width, height), count in sizes.most_common(4)]
-    print(f"sizes: {', '.join(common)}{f', and {len(sizes) - 4} more' * (len(sizes) > 4)}")
+    if len(sizes) > 4:
+        common.append(f"and {len(sizes) - 4} more")
+    print(f"sizes: {', '.join(common)}")
     for value in np.flatnonzero(pixels):
         name = "ignored" if value == IGNORE else data.classes[value]
         print(f"{value:4} {name:20} {pixels[value] / pixels.sum():7.2%} of the mask pixels")

@@ -19,8 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import IGNORE, InputError, evaluation_loader, open_dataset  # noqa: E402
-from evaluate import Protocol, image_threshold, near_contour, predict, refinement_options, run_script  # noqa: E402
+from data import IGNORE, InputError, evaluation_loader, rank_and_world  # noqa: E402
+from evaluate import Protocol, image_threshold, near_contour, open_dataset_of, predict, read_records  # noqa: E402
+from evaluate import refinement_options, run_script  # noqa: E402
 from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
 from refine import confidence, refine  # noqa: E402
 
@@ -29,20 +30,25 @@ BINS = 2**15  # of uncertainty, by the upper bits of the float: 1/256 wide, rela
 
 
 @torch.no_grad()
-def count_labels(network, data, items, device, run, prior, rank=0, world=1):
-    """Pixels of known ground truth, raw and refined: labels (2,C,2,2) by class, kept, right; bins (2,2,2,BINS) by near
-    a contour, right, uncertainty."""
-    classes, kind, options = len(data.classes), run["confidence"], refinement_options(run, prior)
+def count_labels(network, data, items, device, run, prior):
+    """Count pixels of known ground truth, raw and refined.
+
+    Returns labels (2,C,2,2) by class, kept and right, and bins (2,2,2,BINS) by near a contour, right and uncertainty.
+    """
+    classes, kind = len(data.classes), run["confidence"]
+    options = refinement_options(run, prior)
     labels = torch.zeros(2, classes * 4, dtype=torch.long, device=device)
     bins = torch.zeros(2, 4 * BINS, dtype=torch.long, device=device)
     protocol = Protocol(run["eval_mode"], run["crop"])
-    for image, truth in evaluation_loader(data, items, device, 0, rank, world):
-        known, near = truth != IGNORE, near_contour(truth, 5, image_border=False)
+    for image, truth in evaluation_loader(data, items, device):
+        known = truth != IGNORE
+        near = near_contour(truth, 5, image_border=False)
         prob = predict(network, image, protocol)
         threshold = image_threshold(prob, run)
         for i, p in enumerate((prob, refine(prob, **options))):
             label, conf = p.argmax(1), confidence(p, kind)
-            right, keep = label == truth, conf > threshold
+            right = label == truth
+            keep = conf > threshold
             place = (label * 2 + keep) * 2 + right
             labels[i] += torch.bincount(place[known], minlength=labels.shape[1])
             # Refined probabilities need not sum to 1, so their entropy may lie outside its range; abs is for -0.0.
@@ -100,13 +106,12 @@ def table(report):
 
 
 def read_log(run):
-    """The lines of a run's metrics.jsonl about pseudo-labels. Raises InputError if there are none."""
+    """Return the records of a run's metrics.jsonl about pseudo-labels. Raises InputError if there are none."""
     metrics = run / "metrics.jsonl"
-    whole = metrics.read_text().rpartition("\n")[0].splitlines() if metrics.is_file() else []  # the last may be cut
-    lines = [line for line in map(json.loads, whole) if "kept" in line]
-    if not lines:
+    records = [record for record in read_records(metrics) if "kept" in record]
+    if not records:
         raise InputError(f"{metrics} has no step with pseudo-labels; expected the log of a run past its warm-up")
-    return lines
+    return records
 
 
 CURVES = {  # of Figs. 4 and 5, {title: {legend: key of the log}}
@@ -153,39 +158,40 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """Prints the report of a checkpoint, and draws the figures."""
+    """Print the report of a checkpoint, and draw the figures."""
     path = Path(args.run) / "last.pth" if Path(args.run).is_dir() else Path(args.run)
     checkpoint = load_checkpoint(path)
-    run, root = checkpoint["args"], args.root or checkpoint["args"]["root"]
+    run = checkpoint["args"]
     if args.figures:  # asked before the work is done
-        lines = read_log(path.parent)
+        records = read_log(path.parent)
         try:
             import matplotlib.figure  # noqa: F401
         except ImportError as error:
             raise InputError("--figures needs matplotlib, which is not installed; pip install matplotlib") from error
-    data = open_dataset(run["dataset"], root, checkpoint["labeled"], run["splits"], ("unlabeled",))
-    if list(data.classes) != checkpoint["classes"]:
-        raise InputError(f"{root} has the classes {data.classes}; expected the run's, {checkpoint['classes']}")
+    data = open_dataset_of(checkpoint, args.root, ("unlabeled",))
     items = [item for item in data.unlabeled if item.mask]
     if not items:
-        raise InputError(f"no unlabeled image of {data.name} under {root} has a mask; expected some, to compare with")
-    rank, world, device = start_processes(args.device)
+        raise InputError(f"no unlabeled image of {data.name} has a mask; expected some, to compare with")
+    device = start_processes(args.device)
     network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
-    labels, bins = count_labels(network, data, items, device, run, checkpoint.get("prior"), rank, world)
-    if rank != 0:
+    labels, bins = count_labels(network, data, items, device, run, checkpoint["prior"])
+    if rank_and_world()[0] != 0:
         return
     report = summarize(labels, bins, data.classes)
-    about = {"checkpoint": str(path), "step": checkpoint["step"], "dataset": data.name, "images": len(items)}
-    floor = f", at least {run['floor']}" if run.get("floor") else ""
-    quantile = f"the {run['alpha0']:.0%} quantile of each image{floor}"
-    threshold = quantile if run["threshold"] is None else run["threshold"]
-    print(f"{path}, step {checkpoint['step']}: {len(items)} unlabeled images of {data.name}, threshold: {threshold}")
+    threshold = run["threshold"]
+    if threshold is None:
+        threshold = f"the {run['alpha0']:.0%} quantile of each image"
+        if run.get("floor"):
+            threshold += f", at least {run['floor']}"
+    step = checkpoint["step"]
+    print(f"{path}, step {step}: {len(items)} unlabeled images of {data.name}, threshold: {threshold}")
     print(table(report))
     if args.json:
+        about = {"checkpoint": str(path), "step": step, "dataset": data.name, "images": len(items)}
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(about | report, indent=2) + "\n")
     if args.figures:
-        draw_figures(lines, bins, Path(args.figures))
+        draw_figures(records, bins, Path(args.figures))
 
 
 if __name__ == "__main__":
