@@ -359,6 +359,6 @@ def test_a_report_that_cannot_be_made_is_one_sentence(tmp_path, run, monkeypatch
         (root / "masks" / f"{id}.png").unlink()
     refused("no unlabeled image of folder under .*few has a mask; expected some", report, run, "--root", root)
     (root / "classes.txt").write_text("soil\nwheat\nweed\n")
-    refused(r"has the classes \('soil', .*; expected the run's, \['class 0'", report, run, "--root", root)
+    refused(r"has the classes \('soil', .*; expected those of the run, \['class 0'", report, run, "--root", root)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused("--figures needs matplotlib, .* pip install matplotlib", report, run, "--figures", tmp_path)

@@ -331,8 +331,10 @@ def prepare(masks, names, table, reach=0):
         by_value = mask.mode != "P" or mask.indexed
         if len(kinds) == 1 and not mask.indexed:
             by_value = kinds == {1}
-        first, second = (mask.values, mask.colors) if by_value else (mask.colors, mask.values)
-        prepared.append(mask._replace(codes=second if first is None else first, table=table, reach=reach))
+        codes, instead = (mask.values, mask.colors) if by_value else (mask.colors, mask.values)
+        if codes is None:  # such as colors of a mask of 16 bits
+            codes = instead
+        prepared.append(mask._replace(codes=codes, table=table, reach=reach))
     return prepared
 
 
