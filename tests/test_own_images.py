@@ -153,7 +153,7 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
     assert ("in all; of JPEG and soft edges list the true ones" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
-    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* or for JPEG and soft edges --nearest"
+    says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* edges --nearest"
     refused(says, root, "--colors", table)
     call(root, "--colors", table, "--nearest")
     rows, counts, after = capsys.readouterr().out.splitlines(), {"near": 0, "far": 0}, masks_of(root)
@@ -203,7 +203,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt_and_a_
     (root / "classes.txt").write_text("soil\nwheat\nweed\nmaize\n")
     call(root)
     said = capsys.readouterr().out
-    assert "no mask shows maize; are the lines of classes.txt the names of" in said and "its line is missing" not in said
+    assert "no mask shows maize; are the lines of classes.txt" in said and "its line is missing" not in said
     mask = pixels(root / "masks" / "photo 3.png")
     mask[0, 0] = 3
     save_mask(mask, root / "masks" / "photo 3.png")
