@@ -11,14 +11,18 @@ a padded view: outside the image.
 """
 
 import atexit
+import logging
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +31,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as VF
 
 IGNORE, NO_CLASS = 255, 254
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which torchvision's weights expect
-READABLE = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names and cannot read them
+SUFFIXES = Image.registered_extensions()
+READABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind in Image.OPEN and kind not in STUBS)
+SYSTEM_FILES = (  # of Windows, macOS, Linux and network storage, in lower case; names with a dot in front beside them
+    "thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
+    "@recently-snapshot", "$recycle.bin", "system volume information",
+)  # fmt: skip
 SPLITS = Path(__file__).parent / "splits"
 STREAMS = ("order_x", "order_u", "view_x", "view_u", "step", "strong", "jitter")
 
@@ -68,14 +78,17 @@ class Item(NamedTuple):
 
 
 def walk(folder, above=()):
-    """Every file below a folder in sorted order; links are followed, unless in a circle, and hidden files left out."""
+    """Yield every file below a folder in sorted order; links are followed, unless in a circle. Hidden files and those
+    of the operating system are skipped."""
     place = os.path.realpath(folder)
     if place in above or not os.path.isdir(place):
         return
     for path in sorted(Path(folder).iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+            continue
+        if path.is_dir():
             yield from walk(path, (*above, place))
-        elif not path.name.startswith(".") and path.name.lower() not in ("thumbs.db", "desktop.ini"):
+        else:
             yield path
 
 
@@ -99,24 +112,6 @@ def files(folder, suffixes=READABLE):
     return found
 
 
-CONVERTERS = {
-    ".heic .heif": "a photograph as phones store them: `magick mogrify -format jpg *.heic` converts",
-    ".npy .npz .mat": "an array: Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
-    ".json .xml": "polygons or lists, not pixels: export masks from your tool, as Labelme's labelme2voc or CVAT's "
-    "'Segmentation mask'",
-    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "a camera's raw data: export JPEG files from your raw converter",
-}
-
-
-def left_out(paths):
-    """A sentence on the files that are no images by their suffix, and on what converts them; none: falsy."""
-    others = [path for path in paths if suffix(path) not in READABLE]
-    known = [(path, text) for path in others for ends, text in CONVERTERS.items() if suffix(path) in ends.split()]
-    first, advice = known[0] if known else (others[0] if others else None, "")
-    said = f"{len(others)} files are left out, for their suffix is no image's, first {first}"
-    return others and f"{said}{advice and f', which holds {advice}'}"
-
-
 def find_root(root, names, folders):
     """`root`, or the first of `root/name`, that holds the folders. Raises InputError where none does."""
     for place in (Path(root), *(Path(root) / name for name in names)):
@@ -137,17 +132,29 @@ def read_text(file):
         return written.decode("latin-1")
 
 
+def spellings(line):
+    r"""Yield the image ids that a line may mean: "p1", "p1.jpg", "images/p1.jpg masks/p1.png", "images\p1.jpg"."""
+    yield line
+    columns = line.strip(), line.split()[0], re.match(r".*?\.\w+(?=[\s,;])|", line.strip())[0]
+    for name in columns:
+        *above, name = re.split("images/", name.replace("\\", "/"), flags=re.IGNORECASE)
+        if above and above[-1].endswith("val/"):  # images of another folder, with ids of their own
+            continue
+        path = Path(name)
+        yield path.as_posix()
+        if suffix(path) in READABLE:
+            yield path.with_suffix("").as_posix()
+
+
 def id_list(file, known=()):
-    """The names in a file, one per line; as they stand in `known` where only an image's suffix, a space at the end or
-    the Unicode form is different. Raises InputError where there are none."""
+    """Return the names in a file, one per line, as they are spelled in `known`. Raises InputError if there are none."""
     lines = read_text(file).splitlines() if Path(file).is_file() else []
     spelled = {id.strip(): id for id in known} | {id: id for id in known}
     ids = []
     for line in filter(str.strip, lines):
         line = unicodedata.normalize("NFC", line)
-        name = line if line in spelled else line.strip()
-        bare = str(Path(name).with_suffix("")) if suffix(Path(name)) in READABLE else name
-        ids.append(spelled.get(name, spelled.get(bare, name)))
+        meant = next((name for name in spellings(line) if name in spelled), None)
+        ids.append(line.strip() if meant is None else spelled[meant])
     if not ids:
         raise InputError(f"the list {file} is not there, or empty; expected one image id per line")
     return ids
@@ -374,19 +381,73 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
+SUBFILE, BITS, BANDS, REDUCED_OR_MASK = 254, 258, 277, 1 | 4  # tags of TIFF; bits of the first
+SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
+THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_translate -b 1 -b 2 -b 3 does"
+
+warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow, not the picture
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a large comment is no reason to refuse a picture
+
+
+def count_pages(image):
+    """Return the number of full-size pages of an opened file: slices of a stack, frames of an animation.
+
+    Overviews and masks of a GeoTIFF, the second picture of a phone (MPO) and layers (PSD) are no pages.
+    """
+    count = getattr(image, "n_frames", 1)
+    if image.format in ("MPO", "PSD"):
+        return 1
+    if image.format != "TIFF" or count == 1:
+        return count
+    sizes = []
+    for number in range(count):
+        image.seek(number)
+        if not image.tag_v2.get(SUBFILE, 0) & REDUCED_OR_MASK:
+            sizes.append(image.size)
+    image.seek(0)
+    return sizes.count(image.size)
+
+
+def what_is_lost(image, mode):
+    """Return what Pillow would lose of an opened file without a word, and what to do about it; usually ""."""
+    pages = count_pages(image)
+    if pages > 1:
+        return f"holds {pages} pages; expected one; write each page to a file of its own"
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags.get(BANDS, 1) > 4:
+        return f"holds {tags[BANDS]} bands; {THREE_BANDS}"
+    deep = SIXTEEN_BITS.search(str(image.tile)) or max(tags.get(BITS, (8,))) > 8
+    if image.mode[0] in "IF":  # gray; the values of a mask are kept
+        deep = mode != "L"
+    if deep:
+        return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255"
+    return ""
+
+
 def open_image(path, mode):
-    """A file's pixels: an upright RGB image ("RGB"), or a mask's values as they are stored ("L"). Raises InputError."""
+    """Return a file's pixels: an upright image ("RGB", "RGBA"), or a mask's values as they are stored ("L").
+
+    Raises InputError for a file that Pillow cannot read, or cannot read without loss.
+    """
     try:
         with Image.open(path) as image:
-            stored = image.mode
+            lost = what_is_lost(image, mode)
             image.load()
-            if mode == "RGB":
-                ImageOps.exif_transpose(image, in_place=True)
-                image = image.convert("RGB")
+            if mode != "L":
+                with suppress(Exception):  # damaged metadata
+                    ImageOps.exif_transpose(image, in_place=True)
+                image = image.convert(mode)
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]
+        raise InputError(f"{path} is too large ({size}); cut it into tiles, as gdal_retile.py does") from error
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
-        raise InputError(f"{path} could not be read ({error}); replace the file, or leave this image out") from error
-    if mode == "RGB" and stored[0] in "IF":  # Pillow would cut the values off at 255
-        raise InputError(f"{path} is a {stored} image; convert it to 8 bits per channel")
+        advice = "replace the file, or leave this image out"
+        if isinstance(error, UnidentifiedImageError) and suffix(Path(path)) in (".tif", ".tiff"):
+            advice = f"perhaps it has more bands than four; {THREE_BANDS}"
+        raise InputError(f"{path} could not be read ({error}); {advice}") from error
+    if lost:
+        raise InputError(f"{path} {lost}")
     return image
 
 
@@ -403,6 +464,8 @@ def read(item, data):
     advice = "tools/own_images.py converts other masks"
     if data.name not in ("folder", "shapes"):
         advice = f"use the masks of {data.name}'s own archive"
+    if mask.format != "PNG":  # whatever its suffix says; JPEG changes values
+        raise InputError(f"mask {item.mask} is a {mask.format} file; expected PNG of class indices ({advice})")
     if mask.mode not in ("L", "P"):
         raise InputError(f"mask {item.mask} is a {mask.mode} image; expected class indices ({advice})")
     if mask.size != image.size:

@@ -6,12 +6,15 @@ import itertools
 import os
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as VF
 from trees import Operations, camvid, cityscapes, folder, pascal, refused, save_palette
@@ -162,27 +165,27 @@ def test_a_folder_has_labeled_unlabeled_and_validation_images_in_val_or_val_txt_
 
 def test_links_are_followed_but_not_in_a_circle_and_what_is_no_image_of_the_folder_is_passed_over_or_named(tmp_path):
     images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
-    names = "a.jpg", "scene.png/b.PNG", ".hidden/c.jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "note.txt"
+    names = "a.jpg", "scene.png/b.PNG", ".hidden/c.jpg", "._a.jpg", ".DS_Store", "Thumbs.db", "note.txt", "clip.mpg"
+    names += "@eaDir/a.jpg", "#recycle/a.jpg", "__MACOSX/a.jpg", "lost+found/a.jpg", "$RECYCLE.BIN/a.jpg"
     for path in (*map(images.joinpath, names), elsewhere / "d .jpg ", elsewhere / "e\u0301.jpg"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     (images / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(images)
     assert [*D.files(images)] == ["a", "linked/d ", "linked/\u00e9", "scene.png/b"]  # a letter and its accent are one
-    said = D.left_out(D.walk(images))
-    assert said == f"1 files are left out, for their suffix is no image's, first {images / 'note.txt'}"
-    for name, says in (("a.HEIC", "magick mogrify -format jpg"), ("c.json", "CVAT's 'Segmentation mask'")):
-        said = D.left_out(map(Path, ("photo.jpg", "a.txt", name, "mask.PNG ")))
-        assert said.startswith(f"2 files are left out, for their suffix is no image's, first {name}, which holds ")
-        assert says in said
     (images / "linked" / "\u00e9.png").write_bytes(b"")
     refused(r"have the same name; remove one of them", D.files, images)
     (images / "linked" / "\u00e9.png").rename(images / os.fsdecode(b"caf\xe9.jpg"))
     refused(r"the name of .*caf.*jpg is not UTF-8; rename the file", D.files, images)
 
 
-def test_a_list_may_hold_suffixes_spaces_other_unicode_forms_and_any_encoding(tmp_path):
+def test_a_list_may_hold_suffixes_spaces_folders_masks_other_unicode_forms_and_any_encoding(tmp_path):
     known, file = ["cow", "d ", "\u00e9", "v1.2"], tmp_path / "list.txt"
+    lines = "images/cow.jpg", "JPEGImages/cow.jpg Masks/cow.png", "./images\\v1.2.jpg", "/home/me/images/cow.jpg,x"
+    file.write_text("\n".join(lines))
+    assert D.id_list(file, known) == ["cow", "cow", "v1.2", "cow"]
+    file.write_text("val/images/cow.jpg\ncows\n")  # another image, and none
+    assert D.id_list(file, known) == ["val/images/cow.jpg", "cows"]
     for encoding, lines in (("utf-8-sig", "cow.JPG\n\n d\ne\u0301\nv1.2\n"),
                             ("utf-16", "cow\r\nd \r\n\u00e9.png\r\nv1.2"),
                             ("latin-1", " cow \nd .jpg\n\u00e9\nv1.2.png\n")):  # fmt: skip
@@ -246,7 +249,7 @@ def test_cityscapes_reads_both_kinds_of_labels_and_ignores_what_is_no_class(tmp_
 
 
 @pytest.mark.parametrize("file, bad, says", [
-    ("image", Image.new("I;16", (64, 48)), r"0\.png is a I;16 image; convert it to 8 bits"),
+    ("image", Image.new("I;16", (64, 48)), r"0\.png has more than 8 bits per channel; expected 8; "),
     ("mask", Image.new("L", (64, 48), 77), r"0\.png holds the value 77; expected .* from 0 to 10"),
     ("mask", Image.new("L", (65, 48)), r"0\.png has \(65, 48\) pixels, its image \(64, 48\)"),
     ("mask", Image.new("RGB", (64, 48)), r"0\.png is a RGB image; expected class indices"),
@@ -295,7 +298,40 @@ def test_odd_files_load_and_broken_ones_are_named(tmp_path, monkeypatch):
                 assert middle
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # as beside a header that promises ten thousand million
     path.write_bytes(png)
-    refused(re.escape(str(path)), D.open_image, path, "RGB")
+    refused(re.escape(f"{path} is too large (Image size (1200 pixels)") + ".*tiles", D.open_image, path, "RGB")
+
+
+def test_what_pillow_would_lose_without_a_word_is_refused_and_damaged_metadata_are_not(tmp_path):
+    photo, path = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)), tmp_path / "a.tif"
+    more = {"save_all": True, "append_images": [photo.rotate(180)]}
+    overview = {"save_all": True, "append_images": [photo.resize((20, 15))]}
+    exif, comment = Image.Exif(), PngInfo()
+    exif[0x0112] = 6
+    comment.add_text("comment", "long " * 10**6, zip=True)
+    deep = bytearray(encoded(Image.new("I;16", (12, 5)), "PNG"))  # becomes four RGB pixels a row
+    deep[16:26] = struct.pack(">IIBB", 4, 5, 16, 2)
+    deep[29:33] = struct.pack(">I", zlib.crc32(deep[12:29]))
+    bands = b"\x15\x01\x03\0\x01\0\0\0"  # TIFF's SamplesPerPixel, a short
+    many = encoded(photo, "TIFF").replace(bands + b"\x03", bands + b"\x05")
+    for content, says in (
+        *((encoded(photo, kind, **more), "holds 2 pages; expected one; ") for kind in ("TIFF", "GIF", "PNG", "WEBP")),
+        (b"P6 2 1 4095\n" + bytes(12), "has more than 8 bits per channel; expected 8; "),
+        (deep, "has more than 8 bits per channel; expected 8; "), (many, "more bands than four; expected gray, RGB"),
+        (encoded(photo, "TIFF", **overview), ""), (encoded(photo, "MPO", **more), ""),
+        (encoded(photo, "PNG", pnginfo=comment), ""), (encoded(photo, "JPEG", exif=exif.tobytes()[:-9]), ""),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        for mode in ("RGB", "L"):
+            if says:
+                refused(f"{re.escape(str(path))} .*{says}", D.open_image, path, mode)
+            else:
+                assert D.open_image(path, mode).size == photo.size
+
+
+def test_a_mask_that_is_no_png_file_by_its_content_is_refused(tmp_path):
+    data = open_dataset("folder", folder(tmp_path), "all")
+    Image.new("L", (64, 48)).save(data.labeled[0].mask, "JPEG")
+    refused(r"photo 0\.png is a JPEG file; expected PNG of class indices", read, data.labeled[0], data)
 
 
 def test_a_mask_is_saved_with_pascal_s_palette_and_makes_its_folder(tmp_path):

@@ -1,9 +1,8 @@
-"""The scripts of tools/: fetching and checking datasets, a folder of one's own, masks for new images, reports."""
+"""The scripts of tools/: fetching and checking datasets, masks for new images, reports."""
 
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import trees
-from PIL import Image, ImageFilter
+from PIL import Image, ImageOps
 from torchvision.datasets import SBDataset
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
@@ -25,7 +24,7 @@ import train as T
 from data import InputError, open_dataset, palette, read, save_mask
 from model import load_checkpoint, load_network
 from refine import confidence, pseudo_labels, refine
-from tools import own_images, predict, prepare, report
+from tools import predict, prepare, report
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -148,245 +147,6 @@ def test_check_counts_every_pixel_and_names_everything_that_is_wrong_at_once(tmp
     assert "has (3, 3) pixels, its image (64, 48)" in capsys.readouterr().err
 
 
-# own_images.py
-
-
-def mine(root, images=8, annotated=6, **options):
-    """A folder of one's own as a user puts it there: images/ and masks/, nothing else."""
-    trees.folder(root, images, annotated, **options)
-    shutil.rmtree(root / "val")
-    (root / "classes.txt").unlink()
-    return root
-
-
-def change_masks(root, change, suffix=".png"):
-    """Every mask becomes change(mask, its number), an image or an array, in a file with the suffix."""
-    for number, path in enumerate(sorted((root / "masks").rglob("*.png"))):
-        changed = change(pixels(path), number)
-        path.unlink()
-        (Image.fromarray(changed) if isinstance(changed, np.ndarray) else changed).save(path.with_suffix(suffix))
-
-
-def masks_of(root):
-    return {path.stem: pixels(path) for path in sorted((root / "masks").rglob("*.*"))}
-
-
-def test_masks_of_indices_get_names_every_fifth_validates_and_the_printed_command_fits(tmp_path, capsys):
-    root = mine(tmp_path / "my data", images=14, annotated=11)
-    save_mask(np.full((48, 64), 255, np.uint8), root / "masks" / "photo 4.png")  # cannot validate
-    call(own_images, root)
-    said, useful = capsys.readouterr().out.splitlines(), sorted(f"photo {i}" for i in range(11) if i != 4)
-    assert (root / "val.txt").read_text().splitlines() == useful[4::5]
-    assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
-    assert "14 images, 11 of them annotated; 2 for validation" in said[0] and "typically 48 pixels" in said[0]
-    masks = np.stack([mask for id, mask in masks_of(root).items() if id in useful])
-    shares = [f"{np.mean(masks == c):7.2%} of the annotated pixels" for c in range(3)]
-    assert said[1:-1] == [f"{c:4} class {c}              {share}" for c, share in enumerate(shares)]
-    assert (words := shlex.split(said[-1]))[:2] == ["python", "train.py"]
-    args = T.parse_args(words[2:])
-    assert (args.dataset, args.root, args.crop, args.framework) == ("folder", str(root), 32, None)
-    data = open_dataset(args.dataset, args.root, "all")
-    assert [item.id for item in data.labeled] == sorted({*useful, "photo 4"} - {*useful[4::5]})
-    assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
-
-
-def test_a_crop_is_named_only_for_images_smaller_than_the_preset(tmp_path, capsys, monkeypatch):
-    crops = {(128, 300): "", (127, 200): " --crop 96", (20, 20): " --crop 32", (400, 300): " --crop 288"}
-    for size, crop in crops.items():
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: size == (400, 300))
-        call(own_images, root := mine(tmp_path / str(size), images=2, annotated=2, size=size))  # all are annotated
-        words = ["python", "train.py", "--dataset", "folder", "--root", str(root), *crop.split()]
-        assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == [*words, "--framework", "supervised"]
-        assert (root / "val.txt").read_text() == "photo 1\n"
-
-
-BLUR = ImageFilter.GaussianBlur(0.7)
-COLORS = {(0, 0, 0, 255): 0, (128, 64, 128, 255): 1}
-NODATA = (np.nan, np.inf, -3.4e38)
-OTHER_MASKS = {  # a change, a suffix, the class of each index
-    "0 and 255": (lambda m, _: (m > 0).astype(np.uint8) * 255, ".png", [0, 1, 1]),
-    "grays and 255": (lambda m, _: np.array([255, 100, 200], np.uint8)[m], ".png", [255, 0, 1]),
-    "two values": (lambda m, _: m > 0, ".png", [0, 1, 1]),
-    "16 bits": (lambda m, _: m.astype(np.uint16) * 300, ".png", [0, 1, 2]),
-    "32 bits": (lambda m, _: np.array([-9999, 70000, 5], np.int32)[m], ".tif", [255, 1, 0]),
-    "float": (lambda m, i: np.array([NODATA[i % 3], 0.25, 7], np.float32)[m], ".tif", [255, 0, 1]),
-    "colors": (lambda m, _: palette()[m + 3], ".png", [2, 0, 1]),
-    "transparent": (lambda m, i: np.array([[i, 9, 9, 0], [0, 0, 0, 255], [255] * 4], np.uint8)[m], ".png", [0, 1, 2]),
-    "palettes that differ": (lambda m, i: Image.fromarray(palette()[m]).quantize(3).remap_palette(
-        np.roll([0, 1, 2], i).tolist()), ".png", [0, 2, 1]),  # one color has another index in each file
-    "indices in TIFF": (lambda m, _: m, ".tif", [0, 1, 2]),
-    "soft colors": (lambda m, _: Image.fromarray(palette()[m]).filter(BLUR), ".png", [0, 2, 1]),
-    "soft grays in JPEG": (lambda m, _: Image.fromarray(m * np.uint8(120)).filter(BLUR), ".jpg", [0, 1, 2]),
-    "soft indices": (lambda m, _: Image.fromarray(np.array([0, 7, 3], np.uint8)[m]).filter(BLUR), ".png", [0, 2, 1]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OTHER_MASKS)
-def test_other_masks_are_listed_as_csv_lines_with_which_the_printed_command_converts_them(tmp_path, capsys, name):
-    (change, suffix, expected), root = OTHER_MASKS[name], mine(tmp_path / "mine")
-    before = masks_of(root)
-    change_masks(root, change, suffix)
-    said = refused("expected PNG files of class indices from 0 on; write the lines", own_images, root)
-    assert not [*root.glob("*.txt")]
-    assert ("blended at edges, as by JPEG or a soft brush" in said) == name.startswith("soft")
-    assert ("their palettes differ" in said) == name.startswith("palettes")
-    (tmp_path / "classes.csv").write_text(capsys.readouterr().out)
-    words = shlex.split(said.rpartition(": ")[2])
-    assert words == ["python", "tools/own_images.py", str(root), "--colors", "classes.csv"]
-    call(own_images, root, "--colors", tmp_path / "classes.csv")
-    for id, mask in masks_of(root).items():
-        right = np.array(expected)[before[id]]
-        assert np.array_equal(mask, right) or name.startswith("soft") and (mask == right).mean() > 0.7
-        assert set(np.unique(mask[mask != right])) <= {255}  # soft edges are ignored
-    assert names_below(root / "masks-painted") == [f"{id}{suffix}" for id in before]
-    assert len(open_dataset("folder", root, "all").classes) == len({*expected} - {255})
-    call(own_images, root)  # ready now
-
-
-def test_a_table_names_the_classes_and_what_to_ignore_in_val_too(tmp_path, capsys):
-    root, table = trees.folder(tmp_path / "mine"), tmp_path / "classes.csv"
-    (root / "classes.txt").unlink()
-    for place in (root, root / "val"):
-        change_masks(place, lambda m, _: palette()[m + 1])
-    save_mask(np.zeros((1, 1), np.uint8), root / "masks.tmp" / "photo 9.png")  # a conversion was killed
-    rows = [",".join(map(str, palette()[c + 1])) for c in range(3)]
-    table.write_text(f"wheat, {rows[1]}\nignore,{rows[0]}\nwheat,{rows[2]}\nsoil,7,7,7\n")
-    call(own_images, root, "--colors", table)
-    assert (root / "classes.txt").read_text() == "wheat\nsoil\n" and not (root / "val.txt").exists()
-    for place in (root, root / "val"):
-        assert all(set(np.unique(mask)) == {0, 255} for mask in masks_of(place).values())
-        assert len(names_below(place / "masks-painted")) == len(names_below(place / "masks")) > 0
-    assert "2 for validation" in (said := capsys.readouterr().out) and "0 wheat                100.00% of the" in said
-
-
-@pytest.mark.parametrize("text, names, says", [
-    ("soil,1\nwheat,2\n", "", "mask .*photo 1.png holds 3, which .*classes.csv does not; add lines for them"),
-    ("soil,1\nsoil,2\nignore,3\n", "", "expected 2 to 254 different names"),
-    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "classes.txt and .*classes.csv name other classes; make them the"),
-    ("soil,1\nwheat,2\nweed,3\n", None, "masks-painted is there from an earlier conversion; move it away first"),
-    ("soil,0\nwheat,1,2,3\n", "", "holds 'wheat,1,2,3'; expected lines name,r,g,b or lines name,value, one per class"),
-    ("", "", "holds ''"), (",1\n", "", "holds ',1'"), ("soil,1,2,300\n", "", "holds 'soil,1,2,300'"),
-    ("soil,1.2.3\n", "", "holds 'soil,1.2.3'"),
-    ("soil,1\nwheat,1\n", "", "names 1 twice; expected one class for it"), (None, "", "classes.csv is not there; "),
-])  # fmt: skip
-def test_a_conversion_that_cannot_end_well_gets_a_sentence_and_changes_nothing(tmp_path, text, names, says):
-    root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
-    change_masks(root, lambda m, i: np.minimum(m + 1, 3 if i else 2).astype(np.uint8))  # the first has no 3
-    (root / "masks-painted").mkdir() if names is None else (root / "classes.txt").write_text(names) if names else None
-    table.write_text(text) if text is not None else None
-    before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
-    refused(says, own_images, root, "--colors", table)
-    assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
-
-
-@pytest.mark.parametrize("text, table", [
-    ("Void,0,0,0\n\n  \n,,,\nStraße,128,64,128\n", COLORS), ("Void;0;0;0\nStraße;128;64;128\n", COLORS),
-    ("name,r,g,b,class_11\nVoid,0,0,0,0\nStraße,128,64,128,1\n", COLORS),
-    ("0 0 0\tVoid\n128 64 128\tStraße\n", COLORS), ("Void,0,0,0,\n\"Straße\",128,64,128,\n", COLORS),
-    ("# label:color_rgb:parts:actions\nVoid:0,0,0::\nStraße:128,64,128::\n", COLORS),
-    ("name,value\nVoid,-9999\nignore,nan\nStraße,2.5\n", {(-9999,): 0, (own_images.NAN,): 255, (2.5,): 1}),
-    ("ignore,7,7,7,0\nVoid,0,0,0\nStraße,1,2,3,128\n", {(0,) * 4: 255, (0, 0, 0, 255): 0, (1, 2, 3, 128): 1}),
-])  # fmt: skip
-def test_tables_of_other_tools_and_encodings_are_read(tmp_path, text, table):
-    for encoding in ("utf-8-sig", "latin-1", "utf-16"):
-        (tmp_path / "classes.csv").write_bytes(text.encode(encoding))
-        assert own_images.read_table(tmp_path / "classes.csv") == (table, ["Void", "Straße"])
-
-
-def test_mistakes_in_a_folder_get_a_sentence(tmp_path, capsys):
-    refused("lacks images/ or masks/; expected both", own_images, tmp_path)
-    refused("has 1 annotated images; expected two, to learn", own_images, mine(tmp_path / "one", annotated=1))
-    root = mine(tmp_path / "mine")
-    change_masks(root, lambda m, _: (m > 0).astype(np.uint8), ".jpg")
-    refused(r"and JPEG has changed some \(what nobody drew is to have the name ignore\)", own_images, root)
-    (mine(root := tmp_path / "two") / "classes.txt").write_text("soil\ncrack\n")
-    change_masks(root, lambda m, _: (m > 0).astype(np.uint8) * 255)
-    capsys.readouterr()
-    refused("hold the values 0; 255, and .*classes.txt names 2 classes; expected PNG", own_images, root)
-    assert capsys.readouterr().out == "soil,0\ncrack,255\n"
-    (root / "classes.txt").unlink()
-    change_masks(root, lambda m, i: np.random.default_rng(i).integers(0, 256, (48, 64, 3)).astype(np.uint8))  # no masks
-    refused(r"hold 1\d+ colors, none of them in areas; expected 2 to 254 classes, each in areas", own_images, root)
-    (tmp_path / "classes.csv").write_text("soil,0\ncrack,1\n")
-    refused("6 files cannot be used", own_images, root, "--colors", tmp_path / "classes.csv")
-    assert capsys.readouterr().err.count("is a RGB image; expected lines name,r,g,b for its colors") == 6
-    change_masks(root, lambda m, _: m[..., 0] * 0)
-    refused("hold the values 0; expected 2 to 254 classes", own_images, root)
-    (root / "masks" / "photo 0.png").rename(root / "masks" / "photo 0_mask.png")
-    refused("1 masks belong to no image, first .*photo 0_mask.png; rename or remove them", own_images, root)
-    (root / "masks" / "photo 1.png").rename(root / "masks" / "photo 1.npy")
-    refused("an array: Image.fromarray", own_images, root)  # before anything is to be removed
-
-
-def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop_nothing(tmp_path, capsys):
-    root = mine(tmp_path / "mine")
-    images, whole = root / "images", (root / "images" / "photo 0.jpg").read_bytes()
-    (images / "notes.odt").write_text("x")
-    (images / "photo 6.png").write_bytes(whole[:-100])  # its header is whole
-    (images / "photo 9.jpg").symlink_to("nowhere.jpg")
-    Image.fromarray(np.zeros((48, 64), np.uint16)).save(images / "photo 7.bmp", "PNG")
-    call(own_images, root)
-    said = capsys.readouterr().err
-    assert "1 files are left out, for their suffix is no image's, first" in said and "notes.odt" in said
-    assert "photo 6.png could not be read (image file is truncated" in said and "training goes on without it" in said
-    assert "photo 7.bmp is a I;16 image; convert it" in said and "photo 9.jpg could not be read ([Errno 2]" in said
-    (images / "photo 0.jpg").write_bytes(whole[:-100])
-    (root / "masks" / "photo 1.png").write_bytes(b"broken")
-    Image.new("L", (48, 64)).save(root / "masks" / "photo 2.png")
-    refused("6 files cannot be used, each is named above; replace or remove them", own_images, root)
-    said = capsys.readouterr().err
-    assert all(f"photo {name} could not be read" in said for name in ("0.jpg", "1.png", "6.png"))
-    assert "photo 2.png has (48, 64) pixels, its image (64, 48); expected the same size" in said
-
-
-def test_folders_in_folders_links_hidden_files_unicode_forms_and_lists_that_are_there_fit(tmp_path, capsys):
-    root = mine(tmp_path / "mine")
-    (root / "images" / "._photo 0.jpg").write_bytes(b"\0")
-    (root / "images" / "circle").symlink_to(root / "images")
-    for kind, name in (("images", "e\u0301 .jpg"), ("masks", "\u00e9 .png ")):  # two forms of one letter, and spaces
-        (root / kind).rename(tmp_path / kind)
-        (root / kind).mkdir()
-        (tmp_path / kind / f"photo 0{name.strip()[-4:]}").rename(root / kind / name)
-        (root / kind / "trip").symlink_to(tmp_path / kind)
-    (root / "val.txt").write_text(listed := "trip/photo 1\ne\u0301 .jpg\n")
-    (root / "classes.txt").write_bytes("soil\nStraße\nweed\nnever annotated\n".encode("latin-1"))
-    call(own_images, root)
-    said, data = capsys.readouterr(), open_dataset("folder", root, "all")
-    assert "8 images, 6 of them annotated; 2 for validation" in said.out and not said.err
-    assert "3 never annotated        0.00%" in said.out and "1 Straße" in said.out
-    assert {item.id for item in data.val} == {"trip/photo 1", "\u00e9 "} and (root / "val.txt").read_text() == listed
-
-
-@pytest.mark.parametrize("orientation, stored, size, says", [
-    (6, (48, 64), (64, 48), ""), (6, (48, 64), (48, 64), "lies as stored, its image is turned"),
-    (3, (64, 48), (64, 48), "1 images are turned by an EXIF tag"), (6, (48, 48), (48, 48), "1 images are turned"),
-])  # fmt: skip
-def test_a_mask_that_may_lie_beside_a_turned_photograph_is_said(tmp_path, capsys, orientation, stored, size, says):
-    root, exif = mine(tmp_path / "mine"), Image.Exif()
-    exif[0x0112] = orientation
-    Image.new("RGB", stored).save(root / "images" / "photo 0.jpg", exif=exif)
-    save_mask(np.resize([0, 1, 2], size[::-1]).astype(np.uint8), root / "masks" / "photo 0.png")
-    refused("1 files cannot be used", own_images, root) if "lies" in says else call(own_images, root)
-    said = capsys.readouterr().err
-    assert says in said and bool(says) == bool(said)
-
-
-def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_path, capsys, monkeypatch):
-    root, small = mine(tmp_path / "mine", size=(1600, 40)), tmp_path / "mine-64"
-    call(own_images, root)
-    assert f"train on smaller copies: python tools/own_images.py {root} --shrink 512;" in capsys.readouterr().err
-    (root / "classes.txt").write_text("soil\nwheat\nweed\n")
-    (root / "val.txt").write_text("photo 2\n")
-    monkeypatch.chdir(root)
-    call(own_images, ".", "--shrink", 64)
-    assert f"--root {small}" in capsys.readouterr().out
-    data = open_dataset("folder", small, "all")
-    image, mask = read(data.labeled[0], data)
-    assert data.classes == ("soil", "wheat", "weed") and [item.id for item in data.val] == ["photo 2"]
-    assert (len(data.labeled), len(data.unlabeled), image.size, {*np.unique(mask)}) == (5, 2, (64, 2), {0, 1, 2})
-    refused("mine-64 is there already", own_images, root, "--shrink", 64)
-
-
 # predict.py
 
 
@@ -426,9 +186,14 @@ def test_outputs_come_from_the_checkpoint_alone_for_a_folder_one_image_and_a_sma
     words = [checkpoint, "--images", new, "--device", "cpu", "--masks"]
     call(predict, *words, out, "--confidence", "--probabilities")
     assert "5 masks written to" in (said := capsys.readouterr().out) and "0 class 0, 1 class 1, 2 class 2" in said
-    assert "1 files are left out, for their suffix is no image's, first" in said and "readme.txt" in said
+    assert "1 files are left out, because their suffix is no image's, first" in said and "readme.txt" in said
+    assert said.endswith(f"look at {out}-sheet.png: images beside their masks\n")
+    with Image.open(f"{out}-sheet.png") as sheet:
+        for place, file in enumerate((new / "photo 0.jpg", tmp_path / "out-overlays" / "photo 0.png")):
+            left, expected = 2 + 242 * place, ImageOps.pad(D.open_image(file, "RGB"), (240, 240), color="white")
+            assert np.array_equal(sheet.crop((left, 2, left + 240, 242)), expected)
+        assert sheet.size == (2 + 6 * 242, 2 + 2 * 242)  # five images, three in a row
     call(predict, *words, tmp_path / "labels", "--pseudo-labels", "--workers", 1)
-    assert "255 no label" in capsys.readouterr().out
     call(predict, *words, tmp_path / "fixed", "--pseudo-labels", "--threshold", 0.03)
     saved, ids = load_checkpoint(checkpoint), ["photo 0", "photo 2", "photo 3", "photo 4", "trip/photo 1"]
     options = E.label_options(saved["args"], saved["prior"])
@@ -487,13 +252,39 @@ def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named(tmp_pat
     refused("2 images have no mask, for the reasons named above", predict, *words)
     said = capsys.readouterr()
     assert "photo 2.bmp could not be read" in said.err and f"{long}.png has no mask: [Errno 36] File name" in said.err
-    assert "1 masks were in" in said.out and "4 masks written" in said.out
+    assert "1 masks were in" in said.out and "are kept, whatever checkpoint and options made them" in said.out
+    assert "4 masks written" in said.out and "1 files beside them, such as of --confidence" in said.out  # the overlay
     assert (out / "photo 0.png").read_bytes() == b"corrected by hand"
     two = ["photo 4.png.png", "photo 4.webp.png"]  # of one stem
     assert names_below(out) == ["photo 0.png", "photo 3.png", *two, "trip/photo 1.png"]
     for inside in (new, new / ".." / new.name / "masks"):
         refused("lies in --images .*; use another folder", predict, *words, "--masks", inside)
-    refused("holds no image; expected one, or a folder with images", predict, *words, "--images", tmp_path / "nowhere")
+    Image.new("RGBA", (9, 9), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    words[3:] = ["--masks", out, "--device", "cpu", "--confidence", "--images"]
+    call(predict, *words[:2], tmp_path / "clear.png", *words[3:-1])
+    assert (pixels(out / "clear.png") == 255).all()
+    (out.with_name("out-confidence") / "clear.png").unlink()
+    capsys.readouterr()
+    call(predict, *words[:2], tmp_path / "clear.png", *words[3:-1])
+    assert "1 masks were in" in (said := capsys.readouterr().out) and "1 files beside them, such as" in said
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    for name, says in (("nowhere", "add some"), ("clip.mp4", "1 files are left out, .*clip.mp4: a video; `ffmpeg")):
+        says = f"has no image; expected one, or a folder of images; {says}"
+        refused(says, predict, *words[:2], tmp_path / name, *words[3:-1])
+
+
+def test_the_sheet_holds_twelve_images_evenly_spaced(tmp_path):
+    out, paths = tmp_path / "out", {}
+    args = predict.parse_args(["last.pth", "--images", "x", "--masks", str(out)])
+    assert predict.write_sheet(out, paths, args) is None
+    (tmp_path / "out-overlays").mkdir()
+    for gray in range(24):
+        paths[f"{gray:02}"] = tmp_path / f"{gray:02}.png"
+        for file in (paths[f"{gray:02}"], tmp_path / "out-overlays" / f"{gray:02}.png"):
+            Image.new("RGB", (30, 30), (gray, gray, gray)).save(file)
+    sheet = pixels(predict.write_sheet(out, paths, args))
+    assert [sheet[2 + 242 * (i // 6), 2 + 242 * (i % 6), 0] for i in range(24)] == [i // 2 * 2 for i in range(24)]
+    assert names_below(tmp_path)[-1] == "out-sheet.png" and sheet.shape == (2 + 4 * 242, 2 + 6 * 242, 3)
 
 
 @pytest.mark.slow
@@ -566,8 +357,8 @@ def test_a_report_that_cannot_be_made_is_one_sentence(tmp_path, run, monkeypatch
     root = trees.folder(tmp_path / "few", images=6, annotated=6)
     for id in {f"photo {i}" for i in range(6)} - {*load_checkpoint(run / "last.pth")["labeled"]}:
         (root / "masks" / f"{id}.png").unlink()
-    refused("no unlabeled image of folder under .*few has a mask; expected some", report, run, "--root", root)
+    refused("no unlabeled image of folder has a mask; expected some", report, run, "--root", root)
     (root / "classes.txt").write_text("soil\nwheat\nweed\n")
-    refused(r"has the classes \('soil', .*; expected the run's, \['class 0'", report, run, "--root", root)
+    refused(r"has the classes \('soil', .*; expected those of the run, \['class 0'", report, run, "--root", root)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     refused("--figures needs matplotlib, .* pip install matplotlib", report, run, "--figures", tmp_path)
