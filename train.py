@@ -85,7 +85,7 @@ VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # stron
 MIN_SUPERVISED_STEPS = 1000  # if measured in epochs [ours]; the authors' 80 epochs of 92 labels are 960 steps
 FREE_AT_RESUME = set(  # images and ids are compared, not the words that name them
     "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
-    "batch_size processes weights deterministic lr head_lr".split()
+    "batch_size processes weights deterministic lr head_lr epochs warmup_epochs warmup_share".split()
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,6 +496,11 @@ def open_run(args, data, first, device):
     """Make --out with args.json and metrics.jsonl, say what the run is, and return TensorBoard's writer or None."""
     if rank_and_world()[0] != 0:
         return None
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
     out = Path(args.out)
     git = "git describe --always --dirty"
     commit = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -522,13 +527,7 @@ def open_run(args, data, first, device):
         images += f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} without unlabeled ones"
     say(f"{args.framework}, {args.backbone} on {args.processes} x {name}; {args.iters} steps of {images}")
     say(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}")
-    if not args.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
-    return SummaryWriter(out / "tensorboard", purge_step=first + 1)
+    return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None
 
 
 def train_record(run, done, steps, losses, seconds):
