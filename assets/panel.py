@@ -20,15 +20,14 @@ from evaluate import CHANGES, heat, label_options, open_dataset_of, overlay, pan
 from model import load_checkpoint, load_network  # noqa: E402
 from refine import dpa_alpha, pseudo_labels  # noqa: E402
 
-ROWS, SIDE, TILE = 3, 32, 150  # images; side of the enlarged square, and of a tile of the figure, pixels
+ROWS, SIDE, TILE = 3, 32, 118  # images; side of the enlarged square, and of a tile of the figure, pixels
 COLUMNS = (
-    "image", "enlarged", "ground truth", "margin, raw", "margin, refined", "label, raw", "label, refined",
-    "gained green, lost red",
+    "image", "enlarged", "ground truth", "raw margin", "refined margin", "raw label", "refined label", "change",
 )  # fmt: skip
 
 
 def row(network, data, item, run, alpha):
-    """Return the tiles of an image (3,TILE,TILE) each, around the square where refinement changes most, and a caption."""
+    """Return an image's tiles (3,TILE,TILE) around the square where refinement changes most, and a caption."""
     image, truth = whole_image(data, item)
     options = label_options(run)
     prob = predict(network, image)
@@ -50,10 +49,12 @@ def row(network, data, item, run, alpha):
         square = picture[:, top : top + SIDE, left : left + SIDE]
         tiles.append(VF.resize(square, [TILE, TILE], VF.InterpolationMode.NEAREST))
     kept_raw, kept = (labels.keep.float().mean() for labels in (raw, refined))
-    return tiles, f"alpha {alpha:.2f}, threshold {raw.threshold:.3f}: kept {kept_raw:.1%} raw, {kept:.1%} refined"
+    kept_both = f"kept {kept_raw:.1%} raw, {kept:.1%} refined"
+    return tiles, f"alpha {alpha:.2f}, threshold {raw.threshold:.3f}, {kept_both} (labels gained: green, lost: red)"
 
 
 def main(path):
+    """Write the figure of a checkpoint."""
     checkpoint = load_checkpoint(path)
     run = checkpoint["args"]
     network = load_network(checkpoint)
@@ -65,7 +66,7 @@ def main(path):
         tiles, caption = row(network, data, item, run, alpha)
         text = Image.new("RGB", (width, 36), "white")
         draw = ImageDraw.Draw(text)
-        draw.text((4, 2), f"step {checkpoint['step']} of {run['iters']}, {caption}", "black", font_size=14)
+        draw.text((4, 1), f"step {checkpoint['step']} of {run['iters']}, {caption}", "black", font_size=14)
         for number, title in enumerate(COLUMNS):
             draw.text((4 + number * (TILE + 4), 20), title, "black", font_size=13)
         parts += [VF.pil_to_tensor(text), make_grid(tiles, nrow=len(tiles), padding=4, pad_value=255)]

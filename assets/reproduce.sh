@@ -7,7 +7,7 @@
 #
 # LISTS, METHODS (names in results.py) and SEEDS say which, PARALLEL how many at a time, OUT where; SPLITS: other lists.
 # fixmatch-fine wants SPLITS whose pascal/train.txt is the list 1464.
-# PASCAL is a folder with JPEGImages and the folders of masks; WEIGHTS MobileNetV2's state dict, or imagenet.
+# PASCAL is a folder with JPEGImages and the folders of masks; WEIGHTS MobileNetV2's state dict, or pretrained.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 PYTHON=${PYTHON:-python} SETTINGS=${SETTINGS:-cpu} OUT=${OUT:-runs/results}

@@ -15,36 +15,35 @@ from statistics import mean, stdev
 
 ASSETS = Path(__file__).resolve().parent
 PAGES = (ASSETS.parent / "docs" / "results.md", ASSETS.parent / "README.md")
-FIXED = "--no-refinement --confidence max --unsup-norm valid --threshold"
 VARIANT = "--framework unimatch --unsup-norm valid --floor"
-METHODS = {  # in the order of the tables: title, options of train.py; others may have logs, and come after these
-    "supervised": ("labels alone, equal steps", "--framework supervised"),
-    "fixmatch": ("FixMatch", f"{FIXED} 0.95"),
-    "cutmixseg": ("CutMix-Seg", f"--framework cutmixseg {FIXED} 0.97"),
+METHODS = {  # in the order of the tables: title, options of train.py; methods that only have logs come after these
+    "supervised": ("supervised, equal steps", "--framework supervised"),
+    "fixmatch": ("FixMatch", "--no-s4mc"),
+    "cutmixseg": ("CutMix-Seg", "--framework cutmixseg --no-s4mc"),
     "dpa": ("DPA without refinement", "--no-refinement"),
     "s4mc-cutmixseg": ("S4MC + CutMix-Seg", "--framework cutmixseg"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
-    "two-streams": ("two streams, FixMatch's threshold", f"--framework unimatch {FIXED} 0.95"),
-    "variant": ("S4MC, two streams, `--unsup-norm valid --floor 0.95` [ours]", f"{VARIANT} 0.95"),
+    "two-streams": ("two views, FixMatch's threshold", "--framework unimatch --no-s4mc"),
+    "variant": ("S4MC, two views, `--unsup-norm valid --floor 0.95` [ours]", f"{VARIANT} 0.95"),
     "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
     "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
-    "one-stream": ("one stream, floor 0.95", "--unsup-norm valid --floor 0.95"),
-    "fixmatch-fine": ("FixMatch, unlabeled: the rest of 1,464", f"{FIXED} 0.95"),
-    "fixmatch-long": ("FixMatch, 3,000 steps", f"{FIXED} 0.95 --iters 3000"),
-    "one-stream-long": ("one stream, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
+    "one-stream": ("one view, floor 0.95", "--unsup-norm valid --floor 0.95"),
+    "fixmatch-fine": ("FixMatch, unlabeled: the rest of 1,464", "--no-s4mc"),
+    "fixmatch-long": ("FixMatch, 3,000 steps", "--no-s4mc --iters 3000"),
+    "one-stream-long": ("one view, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
 }
 PAIRS = (  # one method minus another
     ("what refinement adds: S4MC - DPA", "s4mc", "dpa"),
-    ("S4MC + FixMatch - labels alone", "s4mc", "supervised"),
+    ("S4MC + FixMatch - supervised", "s4mc", "supervised"),
     ("S4MC + CutMix-Seg - CutMix-Seg", "s4mc-cutmixseg", "cutmixseg"),
-    ("variant - two streams, FixMatch's threshold", "variant", "two-streams"),
-    ("variant - one stream", "variant", "one-stream"),
+    ("variant - two views, FixMatch's threshold", "variant", "two-streams"),
+    ("variant - one view", "variant", "one-stream"),
     ("variant - FixMatch, 3,000 steps", "variant", "fixmatch-long"),
-    ("FixMatch, 3,000 steps - two streams, FixMatch's threshold", "fixmatch-long", "two-streams"),
-    ("one stream, 3,000 steps - FixMatch, 3,000 steps", "one-stream-long", "fixmatch-long"),
-    ("one stream, 3,000 steps - variant", "one-stream-long", "variant"),
+    ("FixMatch, 3,000 steps - two views, FixMatch's threshold", "fixmatch-long", "two-streams"),
+    ("one view, 3,000 steps - FixMatch, 3,000 steps", "one-stream-long", "fixmatch-long"),
+    ("one view, 3,000 steps - variant", "one-stream-long", "variant"),
     ("variant - UniMatch's own unimatch.py loop", "variant", "rival-unimatch"),
     ("FixMatch - UniMatch's own fixmatch.py loop", "fixmatch", "rival-fixmatch"),
 )
@@ -177,7 +176,7 @@ def sections(settings):
     commits = ", ".join(sorted({(lines[0].get("commit") or "?")[:7] for lines in every}))
     about = (
         f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images,\n"
-        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labels only, {args['optimizer']}, learning "
+        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only, {args['optimizer']}, learning "
         f"rates {args['lr']} / {args['head_lr']}."
     )
     scores = {method: {key: measure(of[key], dataset) for key in of} for method, of in runs.items()}
@@ -207,7 +206,7 @@ def parts():
     shapes = {method: {key: measure(of[key]) for key in of} for method, of in read("shapes").items()}
     ours, alone = (values(shapes, method, "mIoU", "24") for method in ("s4mc", "supervised"))
     found["shapes"] = (
-        f"Drawn shapes, 24 labels, {len(alone)} seeds: labels alone {mean(alone.values()):.2f}, S4MC "
+        f"Generated shapes, 24 labels, {len(alone)} seeds: supervised {mean(alone.values()):.2f}, S4MC "
         f"{mean(ours.values()):.2f}, {difference(ours, alone)}.\n"
     )
     return found
@@ -240,10 +239,8 @@ def draw():
     for axis in lists:
         for method, runs in cpu.items():
             points = sorted((int(labeled), lines[-1]["miou"]) for (labeled, _), lines in runs.items())
-            axis.plot(*zip(*points), ".", color=colors.get(method, "black"), alpha=0.6)
-            means = {x: mean(y for labeled, y in points if labeled == x) for x, _ in points}
-            axis.plot([*means], [*means.values()], color=colors.get(method, "black"), label=method)
-        axis.set(title="mIoU, two cores (dots: runs)", xlabel="labels", xscale="log", ylabel="%")
+            axis.plot(*zip(*points), ".", color=colors.get(method, "black"), label=METHODS[method][0][:30])
+        axis.set(title="mIoU of single runs, two cores", xlabel="labels", xscale="log", ylabel="%")
         seen = sorted({int(labeled) for runs in cpu.values() for labeled, _ in runs})
         axis.set_xticks(seen, seen)
         axis.minorticks_off()
