@@ -74,10 +74,10 @@ def probabilities(network, image, protocol):
 
 
 def bilateral(prob, images):
-    """[ours] Return half of each pixel's own probabilities plus half of their mean over pixels of similar color.
+    """[ours] Return the mean of each pixel's own probabilities and those of pixels of similar color.
 
-    The mean is a joint bilateral filter (Petschnigg et al., 2004) over a 7 x 7 grid of pixels, 8 apart. It is for
-    finished networks. prob (B,C,H,W), images (B,3,H,W) uint8 -> (B,C,H,W), a distribution.
+    The latter is a joint bilateral filter (Petschnigg et al., 2004) over a 7 x 7 grid of pixels, 8 apart. Use it after
+    training. prob (B,C,H,W), images (B,3,H,W) uint8 -> (B,C,H,W), a distribution.
     """
     height, width = prob.shape[-2:]
     reach, sigma = 24, 0.05
@@ -139,10 +139,10 @@ def near_contour(label, distance, image_border=True):
 
     label: 0..255. image_border: whether everything outside the image counts as another value.
     """
-    values = torch.stack([label, 255 - label]).to(torch.uint8)  # the largest of 255 - x is the smallest of x
+    values = torch.stack([label, 255 - label]).to(torch.uint8)  # 255 - x turns a minimum into a maximum
     around = F.pad(values, [distance] * 4, value=255 if image_border else 0)
     for dim in (-2, -1):
-        side = 1  # maxima over windows of this side; two of them make a larger one, up to 2 * distance + 1
+        side = 1  # of the windows; two shifted maxima give that of a larger window
         while side <= 2 * distance:
             shift = min(side, 2 * distance + 1 - side)
             rest = around.shape[dim] - shift
@@ -155,7 +155,7 @@ def boundary_confusion(prediction, label, num_classes):
     """Return boundary IoU's counts (Cheng et al., 2021), (C+1,C+1): a `confusion_matrix` with class C for interiors.
 
     A pixel keeps its class if it is within 2% of the image's diagonal of the contour of its region. Ignored pixels are
-    a region in both ground truth and prediction, so a contour under PASCAL's 255 border costs nothing.
+    one region in both ground truth and prediction, so its contour always agrees.
     """
     distance = max(1, round(0.02 * math.hypot(*label.shape[-2:])))
     prediction = prediction.masked_fill(label == IGNORE, IGNORE)
@@ -241,8 +241,9 @@ def label_options(args, prior=None):
 
 
 def label_counts(prob, pseudo, truth, valid, options):
-    """Return (8,) counts of pixels: valid, annotated; of raw labels and of `pseudo`: kept, kept and annotated, right.
+    """Return (8,) counts of pixels.
 
+    valid, annotated; of raw labels: kept, kept and annotated, right; of `pseudo`: the same three.
     prob: what `pseudo` was decided from. Raw labels are those without refinement, at the same threshold.
     """
     options = options | {"refinement": False, "threshold": pseudo.threshold}
@@ -285,7 +286,7 @@ def evaluate_labels(network, data, items, device, protocol, args, prior, workers
 
 
 def image_threshold(prob, args):
-    """Return the run's fixed threshold, or else the alpha0-quantile of these pixels' raw confidence, from the floor."""
+    """Return the run's fixed threshold, or else the alpha0-quantile of these pixels, at least the floor."""
     if args["threshold"] is not None:
         return args["threshold"]
     threshold = dpa_threshold(confidence(prob, args["confidence"]), args["alpha0"], everywhere=False)
@@ -351,7 +352,7 @@ def panel(network, data, items, device, args, prior=None, protocol=Protocol(), w
 
 
 def panel_items(data, count=4):
-    """Unlabeled images, evenly spaced, whose ground truth is known; else validation images."""
+    """Return unlabeled images with a mask, evenly spaced, or else validation images."""
     annotated = [item for item in data.unlabeled if item.image and item.mask] or data.val
     count = min(count, len(annotated))
     return [annotated[i * len(annotated) // count] for i in range(count)]
@@ -374,7 +375,7 @@ def read_records(file):
 def last_line(error):
     """Return the last line of an error's text, or its kind if it has no text."""
     text = str(error).strip() or repr(error)
-    return text.splitlines()[-1].removeprefix("data.InputError: ")  # a loader worker puts its traceback before it
+    return text.splitlines()[-1].removeprefix("data.InputError: ")  # after a loader worker's traceback
 
 
 def explain(error):
@@ -383,7 +384,7 @@ def explain(error):
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --crop or --batch-size, or use --eval-mode sliding for large images"
     if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
-        return f"another process is lost, and its own message may say why ({said})"
+        return f"another process ended; its own message may say why ({said})"
     if isinstance(error, ConnectionError) or "DataLoader worker (pid" in str(error) or "shared memory" in str(error):
         return f"a loader worker has ended ({said}); lower --workers, or give it more memory (Docker: --shm-size=2g)"
     if isinstance(error, (InputError, OSError)):
@@ -406,7 +407,7 @@ def run_script(main):
         print(code, file=sys.stderr)
         code = 1
     if dist.is_initialized():
-        if code:  # the others may be waiting, and would keep a clean end waiting, too
+        if code:  # the others may wait for this process; end at once
             sys.stdout.flush()
             end_workers()
             os._exit(code)
@@ -451,7 +452,7 @@ def parse_args(argv=None):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     if args.pseudo_labels and (args.refine or args.split):
-        parser.error("--pseudo-labels are refined as in the run, on unlabeled images; expected no --refine, no --split")
+        parser.error("--pseudo-labels cannot be combined with --refine or --split; leave them out")
     return args
 
 

@@ -73,13 +73,13 @@ class Stages(nn.Sequential):
 class DINOv2(VisionTransformer):
     """DINOv2 with patches of 14 pixels (Oquab et al., 2023): images (B,3,H,W) -> (B,C,H/4,W/4), (B,C,H/14,W/14).
 
-    Images of any size are enlarged to whole patches. Attention compares all patches: 5,476 for 1,024 x 1,024 pixels.
+    Images of any size are enlarged to whole patches. Its cost grows with the square of the number of patches.
     """
 
     def __init__(self, shallow, channels):
         super().__init__(518, 14, 12, channels // 64, channels, 4 * channels)
         torch.backends.mha.set_fastpath_enabled(False)  # in evaluation mode it is slower and takes more memory
-        self.heads = nn.Identity()  # else parameters without a gradient
+        self.heads = nn.Identity()  # an unused head would have no gradient
         self.encoder.layers = Stages(self.encoder.layers.named_children(), shallow)
 
     def forward(self, images):
@@ -100,7 +100,10 @@ class DINOv2(VisionTransformer):
 
 
 def convert_dinov2(state):
-    """Return DINOv2's published state dict as that of `DINOv2`; gamma * (W x + b) = (gamma W) x + gamma b."""
+    """Return DINOv2's published state dict as that of `DINOv2`.
+
+    LayerScale's gamma goes into the weights: gamma * (W x + b) = (gamma W) x + gamma b.
+    """
     state = {name: value for name, value in state.items() if name != "mask_token"}  # only for pretraining
     for name in [name for name in state if name.endswith(".gamma")]:
         gamma = state.pop(name)
@@ -138,7 +141,7 @@ def encoder(name, weights="none", output_stride=16):
 
 
 def load_weights(net, name, weights):
-    """Load pretrained weights into a network of torchvision's or DINOv2's names.
+    """Load pretrained weights into a network whose parameters have torchvision's or DINOv2's names.
 
     weights: "pretrained" (torchvision's IMAGENET1K_V1 or DINOv2's own, downloaded once), or a file with that state
     dict. No code in the file is run. Raises InputError if there are none, or if they do not fit.
@@ -190,7 +193,7 @@ def replace_stride_with_dilation(stages, output_stride):
         for module in stage.modules():
             if not isinstance(module, nn.Conv2d):
                 continue
-            # The convolution that had the stride still sees the grid before it.
+            # The convolution that had the stride reads the previous grid, so it takes the previous dilation.
             rate = dilation // 2 if module.stride == (2, 2) else dilation
             module.stride = (1, 1)
             if module.kernel_size != (1, 1):
@@ -223,7 +226,7 @@ class DeepLabV3Plus(nn.Module):
         low = self.low_level(shallow)  # (B,48,H/4,W/4)
         context = F.interpolate(self.aspp(deep), size=low.shape[-2:], mode="bilinear")  # from (B,width,H/16,W/16)
         logits = self.classifier(self.decoder(torch.cat([context, low], 1)))
-        # float32, because bfloat16 would tie the margins; contiguous, because refine.py goes from class to class.
+        # float32: bfloat16 would give equal margins. Contiguous: refine.py reads class after class.
         return F.interpolate(logits.float().contiguous(), size=images.shape[-2:], mode="bilinear")
 
 
@@ -246,7 +249,7 @@ def float_tensors(network):
 @torch.no_grad()
 def update_teacher(teacher, student, tau):
     """Sec. 4.1: theta_t = tau theta_t + (1 - tau) theta_s, for the `float_tensors` of both networks."""
-    # AveragedModel copies its counter to the device at each update, and a GPU would wait for it.
+    # Not AveragedModel: it copies a counter to the GPU at each update and waits.
     get_ema_multi_avg_fn(tau)(teacher, student, None)
 
 
@@ -274,11 +277,11 @@ def save_checkpoint(state, path):
 def cannot_write(path, error):
     """Return the InputError for a file that could not be written."""
     reason = str(error).splitlines()[0]
-    return InputError(f"{path} could not be written ({reason}); make room or mend the folder, then use --resume")
+    return InputError(f"{path} could not be written ({reason}); free disk space or mend the folder, then use --resume")
 
 
 def load_checkpoint(path):
-    """Return the dictionary that train.py saved. No code in the file is run. Raises InputError if it is none."""
+    """Return the dictionary that train.py saved. No code in the file is run. Raises InputError for any other file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["preprocessing"] != PREPROCESSING or not {"args", "classes", "teacher"} <= set(checkpoint):

@@ -3,7 +3,7 @@
     prob = teacher(image).softmax(1)                        # after softmax: it sums to 1 over the classes
     pseudo = pseudo_labels(prob, alpha=dpa_alpha(step, total_steps))
     total = cross_entropy(student(strong_view_of_image), pseudo.label, ignore_index=255, reduction="sum")
-    loss = total / pseudo.keep.sum().clamp(min=1)           # Eq. 3; with several processes, sum the pixels of all
+    loss = total / pseudo.keep.sum().clamp(min=1)           # Eq. 3; several processes: see train.cross_entropy
 
 This file needs only PyTorch. It can be copied into another project as it is.
 
@@ -15,7 +15,7 @@ This file needs only PyTorch. It can be copied into another project as it is.
     beta_lm             beta             number      0..1, Eq. 10
     kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
     gamma_t             threshold        0-d         like confidence
-    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of the raw pixels at or below the threshold
+    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of pixels with a raw confidence at or below it
     y^_jk               label            (B,H,W)     0..C-1, or 255: the pixel is ignored
 
 An example to follow by hand. Four pixels a, b, c and d lie in a row, with three classes:
@@ -23,7 +23,7 @@ An example to follow by hand. Four pixels a, b, c and d lie in a row, with three
 >>> prob = torch.tensor([[.70, .20, .10], [.45, .30, .25], [.50, .40, .10], [.20, .70, .10]]).T.view(1, 3, 1, 4)
 >>> confidence(prob).flatten()                                       # Eq. 5, raw
 tensor([0.500, 0.150, 0.100, 0.500])
->>> dpa_threshold(confidence(prob), alpha=0.4)                       # sorted, the one at place floor(0.4 * 3) = 1
+>>> dpa_threshold(confidence(prob), alpha=0.4)                       # the one at index floor(0.4 * (4 - 1)) = 1, sorted
 tensor(0.150)
 >>> refine(prob)[0, :, 0].T                                          # Eq. 10, beta = 0.607 beside the pixel
 tensor([[0.782, 0.346, 0.236],
@@ -52,7 +52,7 @@ def confidence(prob, kind="margin"):
 
     margin:   max_c p_c - max2_c p_c      Eq. 5 (= 13), 0..1
     max:      max_c p_c                   Eq. 11, 0..1
-    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; after refinement it may be lower
+    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may fall below
     Refined probabilities go into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
     return confidence_and_label(prob, kind)[0]
@@ -79,7 +79,7 @@ def confidence_and_label(prob, kind):
 
 
 def _margin_and_label_on_cpu(prob):
-    """The same by a running top-2 over the classes, in half of a CPU's time."""
+    """The same by a running top-2 over the classes. On a CPU it is faster for large inputs."""
     first = torch.zeros_like(prob[:, 0])
     second = torch.zeros_like(first)
     label = torch.zeros_like(first)
@@ -93,9 +93,9 @@ def _margin_and_label_on_cpu(prob):
 def offsets(neighborhood, dilation=1, distance_weight=True):
     """Return the neighbors of a pixel, [(dy, dx, beta), ...], with beta of Eq. 10.
 
-    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid; 1 without `distance_weight`, as in Eqs. 7-9.
+    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid. Without `distance_weight` it is 1, as in Eqs. 7-9.
     neighborhood: 3, 5 or 7 for the N x N square without its center; "cross" for up, down, left and right.
-    dilation: neighbors are so many pixels apart [ours]. Raises ValueError for any other value.
+    dilation: neighbors are so many pixels apart [ours]. Raises ValueError for an unknown neighborhood or dilation.
     """
     # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for each neighbor of their cross.
     # Here: Eq. 10 for every neighborhood, 0.607 beside the pixel and 0.368 on the diagonal.
@@ -132,7 +132,7 @@ def refine(
     neighborhood, distance_weight, dilation: see `offsets`.
     select: "max" takes the neighbor with the largest union, class by class (Eq. 9); "min" the smallest (Table 4a);
         "random" takes one existing position per pixel, the same for all classes (Table 4a).
-    neighbors: how many are united one after another, each among those not yet taken (end of Sec. 3.2.1).
+    neighbors: how many. The best is united first, then the best of the rest, and so on (end of Sec. 3.2.1).
     prior (C,): joint_c = max(p_c * q_c, p_c * prior_c), Eqs. 15-16; see `neighbor_agreement`.
     generator: for "random", on prob's device. Raises ValueError for unknown options.
     """
@@ -145,7 +145,7 @@ def refine(
     grid = offsets(neighborhood, dilation, distance_weight)
     if select != "max" or neighbors > 1 or prior is not None:
         return _refine_with_options(prob, grid, neighbors, select, prior, generator)
-    size = prob.shape[1] if prob.is_cuda else 3  # three classes stay in a CPU's cache
+    size = prob.shape[1] if prob.is_cuda else 3  # on a CPU three classes at a time, which fit its cache
     return torch.cat([_refine_with_best_neighbor(p, grid) for p in prob.split(size, 1)], 1)
 
 
@@ -183,7 +183,7 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
     labels (B,H,W): integers 0..num_classes-1, or 255. A pixel that is 255 has no class; a neighbor that is 255
     disagrees. Returns (num_classes,), 0..1; 0 for a class that never occurs. Raises ValueError for any other label.
     """
-    # In PASCAL 255 separates the classes: without it, the neighbors of a class would always agree.
+    # In PASCAL 255 separates the classes. If it did not count, all neighbors would agree.
     if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
         raise ValueError(f"labels hold values outside 0..{num_classes - 1} and 255")
     labels = labels.long()
@@ -207,9 +207,9 @@ def dpa_threshold(conf, alpha, valid=None, everywhere=True):
     conf: any shape, any range, of the same size in every process; alpha: 0..1; valid: bool like conf, True on pixels
     that count (default: all); everywhere=False leaves out the other processes.
     Returns a 0-d tensor on conf's device: of the n valid pixels, the one at place floor(alpha * (n - 1)) when sorted.
-    It is exact (torch.quantile's "lower"), and +inf if n is 0. Raises ValueError for another alpha.
+    It equals torch.quantile(..., interpolation="lower"), and is +inf if n is 0. Raises ValueError for another alpha.
     """
-    # Paper: "all pixels of all images in the batch". Authors' code: each GPU's, on the host. Here: all processes'.
+    # Paper: "all pixels of all images in the batch". Authors' code: of one GPU, on the host. Here: of all processes.
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a share from 0 to 1")
     if valid is not None:
@@ -243,9 +243,12 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, flo
 
     label = argmax_c refined_c if confidence(refined) > threshold, else 255
 
-    prob (B,C,H,W): the teacher's, after softmax; alpha: 0..1, see `dpa_alpha`; kind: see `confidence`; valid (B,H,W)
-    bool: False on padding; threshold: a fixed one in place of DPA's (FixMatch: 0.95), alpha is then unused; floor:
-    DPA's threshold is never below it [ours]; refinement=False leaves out Eqs. 7-10; options: those of `refine`.
+    prob (B,C,H,W): the teacher's, after softmax
+    alpha: 0..1, see `dpa_alpha`; kind: see `confidence`
+    valid (B,H,W) bool: False on padding
+    threshold: a fixed one in place of DPA's (FixMatch: 0.95); alpha is then unused
+    floor: DPA's threshold is never below it [ours]
+    refinement: False leaves out Eqs. 7-10; options: those of `refine`
     """
     # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
     conf, label = confidence_and_label(prob, kind)

@@ -82,8 +82,8 @@ DINOV2 = {"optimizer": "adamw", "lr": 5e-6, "head_lr": 2e-4, "weight_decay": 0.0
 S4MC = {"refinement": True, "confidence": "margin", "threshold": None}  # threshold None: DPA
 WITHOUT_S4MC = {"refinement": False, "confidence": "max", "threshold": 0.95, "unsup_norm": "valid", "floor": 0.0}
 VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # strong views of an unlabeled image
-MIN_SUPERVISED_STEPS = 1000  # if measured in epochs [ours]; the authors' 80 epochs of 92 labels are 960 steps
-FREE_AT_RESUME = set(  # images and ids are compared, not the words that name them
+MIN_SUPERVISED_STEPS = 1000  # of a run measured in epochs [ours]; the authors' 80 epochs of 92 labels are 960
+FREE_AT_RESUME = set(  # images, ids and steps are compared, not the words that name them
     "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
     "batch_size processes weights deterministic lr head_lr epochs warmup_epochs warmup_share".split()
 )
@@ -107,10 +107,11 @@ def count(mask):
 
 
 def cross_entropy(logits, label, divisor):
-    """Eqs. 2-3: return the sum over this process's labeled pixels, divided by `divisor`, their number in all processes.
+    """Eqs. 2-3: return the loss summed over this process's labeled pixels, divided by `divisor`.
 
-    logits (B,C,H,W), label (B,H,W) with 255 = not labeled, divisor 0-d. The sum is multiplied by the number of
-    processes, because DistributedDataParallel averages gradients. So N processes equal one with the whole batch.
+    logits (B,C,H,W), label (B,H,W) with 255 = not labeled; divisor, 0-d: the number of labeled pixels in all processes.
+    The sum is multiplied by the number of processes, because DistributedDataParallel averages gradients. So N processes
+    equal one with the whole batch.
     """
     _, world = rank_and_world()
     total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
@@ -128,10 +129,7 @@ def ohem(logits, label, sure=0.7, per_image=50_000):
     own = logits.softmax(1).gather(1, index[:, None])[:, 0]
     prob = own.masked_fill(label == IGNORE, torch.inf).flatten()
     place = min(per_image * len(label), prob.numel()) - 1
-    if prob.is_cuda:  # where kthvalue is slow
-        hardest = prob.sort().values[place]
-    else:
-        hardest = prob.kthvalue(place + 1).values
+    hardest = prob.sort().values[place]  # kthvalue is slow on a GPU
     return label.masked_fill(own > hardest.clamp(min=sure), IGNORE)
 
 
@@ -148,7 +146,7 @@ def complementary_dropout(labeled, unlabeled, channels, device):
 
 
 def class_prior(data, neighborhood):
-    """Eq. 15 over the labeled images of the run, (C,): each image's `neighbor_agreement`, weighted by its pixels.
+    """Eq. 15 over the labeled images of the run, (C,): the mean `neighbor_agreement` of its pixels.
 
     A class without labeled pixels takes the mean of the others.
     """
@@ -183,7 +181,7 @@ class Run(NamedTuple):
 
 
 def main(given):
-    """Train from the first step, or from last.pth, to --iters. A stop signal saves a checkpoint first."""
+    """Train from the first step, or from last.pth, to --iters. A stop signal saves a checkpoint before the run ends."""
     with stop_signals() as stop:
         train(given, stop)
 
@@ -235,12 +233,12 @@ def train(given, stop):
         unlabeled = "weak" in batch  # not in the warm-up, nor in a supervised run
         if unlabeled:
             weak = normalize(batch["weak"])
-            valid = batch["valid"].clone()  # False on padding; compiled code may read a byte behind shared memory
+            valid = batch["valid"].clone()  # False on padding; cloned because compiled code may read past its end
             views = [weak]
             if args.framework != "cutmixseg":
                 views = [strong_views(batch["weak"], args.seed, step, view) for view in range(VIEWS[args.framework])]
                 views = [normalize(view) for view in views]
-        rng = generator(args.seed, "step", step, rank_and_world()[0])  # for CutMix, and for dropout by the next line
+        rng = generator(args.seed, "step", step, rank_and_world()[0])  # for CutMix; the next line seeds dropout
         torch.manual_seed(int(rng.integers(2**63)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.iters, group["base"], args.power, args.lr_warmup)
@@ -294,7 +292,7 @@ def train(given, stop):
         stopping = torch.tensor(max(stop, default=0), device=device)
         stopping = all_reduce(stopping, dist.ReduceOp.MAX).item()  # that of any process
         if evaluating or stopping or time.monotonic() - saved_at > 60 * args.save_every:
-            save(run, done, best, improved)  # after evaluating, or a resumed run would skip that evaluation
+            save(run, done, best, improved)  # after evaluating: else a resumed run would skip it
             saved_at = time.monotonic()
         if stopping and done < args.iters:
             end_early(run, stopping, done)
@@ -355,7 +353,7 @@ def count_steps(given, data, device):
     """Return the arguments with steps_per_epoch, iters, warmup_iters, eval_steps and processes.
 
     An epoch is a pass over the unlabeled images, in a supervised run over the labeled ones. Raises InputError for a
-    batch of one, and for a warm-up that never ends.
+    batch of one, and for a warm-up as long as the run.
     """
     args = argparse.Namespace(**vars(given))
     supervised = args.framework == "supervised"
@@ -383,10 +381,10 @@ def count_steps(given, data, device):
 
 
 def check_annotations(data, device):
-    """Read every labeled and validation image with its mask, shared by all processes, before the first step.
+    """Read every labeled and validation image with its mask before the first step. Each process reads a part.
 
-    Raises InputError for a broken file, for fewer than two labeled classes, and if validation has no label. Warns of
-    classes without a labeled pixel.
+    Raises InputError for a broken file, for fewer than two labeled classes, and if no validation pixel has a label.
+    Warns of classes without a labeled pixel.
     """
     say(f"{data.name}: {len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)} validation images")
     pixels = torch.stack([class_pixels(data, data.labeled), class_pixels(data, data.val)])
@@ -408,7 +406,7 @@ def find_checkpoint(args, data, device):
     """Return the last checkpoint of --out if --resume was given and there is one, else None.
 
     Raises InputError if it belongs to another run. The same run has the same images and ids, the same number of images
-    a step, and the same arguments but for FREE_AT_RESUME. An unknown argument with its default is no difference.
+    a step, and the same arguments but for FREE_AT_RESUME. An argument that the checkpoint lacks counts as its default.
     """
     last = Path(args.out) / "last.pth"
     if not (args.resume and last.exists()):
@@ -475,7 +473,7 @@ def distribute_and_compile(args, device, student, teacher):
         student = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         teacher = torch.compile(teacher, dynamic=False)
-        refine.dpa_threshold = torch.compiler.disable(refine.dpa_threshold)  # alpha changes at every step
+        refine.dpa_threshold = torch.compiler.disable(refine.dpa_threshold)  # else every new alpha would compile again
         labels = torch.compile(labels, dynamic=False)
         if args.processes == 1 or device.type == "cpu":  # SyncBatchNorm breaks the graph at every layer
             student = torch.compile(student, dynamic=False)
@@ -524,7 +522,7 @@ def open_run(args, data, first, device):
         raise cannot_write(out, error) from error
     images = f"{args.batch_size} labeled"
     if args.framework != "supervised":
-        images += f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} without unlabeled ones"
+        images += f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} with labeled images only"
     say(f"{args.framework}, {args.backbone} on {args.processes} x {name}; {args.iters} steps of {images}")
     say(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}")
     return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None
@@ -670,7 +668,7 @@ def parse_args(argv=None):
     """Return the command line. What is None here takes the preset of the dataset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="[preset]: the dataset's, which the command line beats.\n\n" + preset_table(),
+        epilog="[preset]: the value of the dataset's preset, which an option given here replaces.\n\n" + preset_table(),
     )  # fmt: skip
     switch, natural, positive = argparse.BooleanOptionalAction, number(int, 1), number(float, 0, above=True)
     share = number(float, 0, 1)
@@ -686,20 +684,21 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--framework", choices=VIEWS, help="cutmixseg: CutMix only; fixmatch: colors, blur and CutMix; unimatch: two "
         "such views and feature dropout; supervised: labeled images only [preset]")
-    add("--s4mc", action=switch, default=True, help="the paper's pseudo-labels, on by default; off: the framework's "
-        "own: --no-refinement --confidence max --threshold 0.95 (cutmixseg: 0.97) --unsup-norm valid")
+    add("--s4mc", action=switch, default=True, help="the paper's pseudo-labels, on by default. --no-s4mc means the "
+        "framework's own: --no-refinement --confidence max --threshold 0.95 (cutmixseg 0.97) --unsup-norm valid")
     add("--refinement", action=switch, help="refine with the best neighbor, Eqs. 7-10 [paper]")
     add("--neighborhood", type=lambda text: text if text == "cross" else int(text), default=3,
         choices=(3, 5, 7, "cross"), help="N x N, default 3 [paper]; cross: the four beside the pixel [authors' code]")
     add("--dilation", type=natural, default=1, help="distance of neighbors, pixels; default 1 [paper]")
     add("--neighbors", type=natural, default=1, help="how many neighbors are united, Table 4a, default 1 [paper]")
-    add("--select", choices=("max", "min", "random"), default="max", help="which one, Table 4a, default max [paper]")
+    add("--select", choices=("max", "min", "random"), default="max",
+        help="which neighbor, Table 4a; default max [paper]")
     add("--distance-weight", action=switch, default=True, help="beta of Eq. 10, on by default [paper]; off: 1")
     add("--prior", action=switch, default=False, help="Eqs. 15-16, estimated from the labeled images [paper]")
     add("--confidence", choices=("margin", "max", "entropy"), help="kappa, Table 5; default: margin [paper]")
     add("--alpha0", type=share, default=0.4, help="share of pixels below the threshold at first, Eq. 6; 0.4 [paper]")
     add("--threshold", type=float, help="fixed, in place of DPA's; default: DPA [paper]")
-    add("--floor", type=float, help="DPA's threshold is never below it; 0: none [paper] [preset]")
+    add("--floor", type=float, help="DPA's threshold is never below it; 0 means no floor, as in the paper [preset]")
     add("--lambda-u", type=number(float, 0), default=1.0, help="weight of the unlabeled loss, Eq. 1, default 1 [ours]")
     add("--unsup-norm", choices=("kept", "valid", "authors"), help="divide the unlabeled loss by: kept (pixels kept, "
         "Eq. 3), valid (all pixels, as FixMatch), authors (kept^2 / valid) [preset]")
@@ -716,20 +715,20 @@ def parse_args(argv=None):
     add = parser.add_argument_group("optimizer").add_argument
     add("--epochs", type=natural, help="passes over the unlabeled images, if supervised over the labeled [preset]")
     add("--iters", type=natural, help="steps, in place of --epochs [preset]")
-    add("--batch-size", type=natural, help="labeled and unlabeled images each, per process [preset]")
+    add("--batch-size", type=natural, help="N labeled and N unlabeled images for each process [preset]")
     add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9, or AdamW [preset]")
     add("--lr", type=positive, help="learning rate of the encoder [preset]")
     add("--head-lr", type=positive, help="learning rate of everything else [preset]")
     add("--lr-warmup", type=share, help="share of the run in which the learning rates rise from 0 [preset]")
     add("--weight-decay", type=number(float, 0), help="of all parameters [preset]")
     add("--sup-loss", choices=("ce", "ohem"), help="loss of the labeled images; ohem: only hard pixels [preset]")
-    add("--power", type=number(float, 0), default=0.9, help="of the learning rate's decay, default 0.9 [paper]")
+    add("--power", type=number(float, 0), default=0.9, help="exponent of the rates' decay, default 0.9 [paper]")
 
     add = parser.add_argument_group("run").add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
-    add("--amp", action=switch, help="bfloat16 autocast; default: on GPUs that compute in it")
+    add("--amp", action=switch, help="bfloat16 autocast; default: on, if the GPU computes in bfloat16")
     add("--compile", action=switch, default=False, help="torch.compile teacher, pseudo-labels and, on one GPU, student")
-    add("--deterministic", action=switch, default=False, help="ask for deterministic CUDA kernels; a CPU's always are")
+    add("--deterministic", action=switch, default=False, help="ask for deterministic CUDA kernels")
     add("--seed", type=number(int, 0), default=0, help="random seed, default 0")
     add("--eval-every", type=natural, help="epochs between evaluations; default: a tenth of the run")
     add("--eval-mode", choices=EVAL_MODES, help="original size, sliding windows or a center crop of --crop [preset]")
@@ -740,7 +739,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out; start it if there is no checkpoint yet")
     args = parser.parse_args(argv)
     if (args.epochs and args.iters) or None not in (args.warmup_epochs, args.warmup_iters):
-        parser.error("--epochs and --iters are the same length, as are their --warmup-...; expected one of them")
+        parser.error("--epochs and --iters both give the length, as do --warmup-...; expected one of them")
     if args.prior and args.dilation > 1:
         parser.error("--prior is counted over adjacent pixels; expected --dilation 1 with it")
     if args.output_stride and (args.backbone or "").startswith("dinov2"):

@@ -480,8 +480,8 @@ def test_two_processes_score_what_one_does(saved, options):
 @pytest.mark.parametrize("options, says", [
     ("--crop 0", "0 is out of range; expected at least 1"),
     ("--split all", "invalid choice: 'all'"),
-    ("--pseudo-labels --refine", "expected no --refine, no --split"),
-    ("--pseudo-labels --split val", "expected no --refine, no --split"),
+    ("--pseudo-labels --refine", "cannot be combined with --refine or --split"),
+    ("--pseudo-labels --split val", "cannot be combined with --refine or --split"),
 ])  # fmt: skip
 def test_a_command_line_that_makes_no_sense_says_what_is_expected(capsys, options, says):
     with pytest.raises(SystemExit):
@@ -499,8 +499,8 @@ def test_a_command_line_that_makes_no_sense_says_what_is_expected(capsys, option
     (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device"),
     (OSError(), r"OSError\(\)"),
     (torch.OutOfMemoryError("CUDA out of memory"), r"the GPU's memory is full; lower --crop .*"),
-    (dist.DistBackendError("NCCL\ngone"), r"another process is lost, and its own message may say why \(gone\)"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:5] Closed"), r"another process is lost, .* \(\[gloo/.* Closed\)"),
+    (dist.DistBackendError("NCCL\ngone"), r"another process ended; its own message may say why \(gone\)"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:5] Closed"), r"another process ended; .* \(\[gloo/.* Closed\)"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"a loader worker has ended \(.*Killed.*"),
     (ConnectionResetError(104, "Connection reset"), r"a loader worker has ended \(.*; lower --workers, or .*"),
     (KeyError("bug"), r"Traceback(.*\n)+KeyError: 'bug'\n"),  # only what a bug can break ends with one
