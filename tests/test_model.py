@@ -356,7 +356,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, before):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        says = r"last\.pth could not be written \(.+\); make room or mend the folder, then use --resume"
+        says = r"last\.pth could not be written \(.+\); free disk space or mend the folder, then use --resume"
         refused(says, M.save_checkpoint, checkpoint(step=2), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
