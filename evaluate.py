@@ -1,6 +1,6 @@
 """Scores of a checkpoint: IoU per class and at boundaries, by the field's protocols; quality of pseudo-labels; panels.
 
-    python evaluate.py runs/shapes-24-fixmatch-0/last.pth
+    python evaluate.py runs/shapes-24-s4mc-fixmatch-0/last.pth
     python evaluate.py ckpt.pth --root data --json scores.json --panels panels
     python evaluate.py ckpt.pth --pseudo-labels                               # with and without refinement
     torchrun --nproc_per_node=8 evaluate.py ckpt.pth --eval-mode sliding --tta

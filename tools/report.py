@@ -1,7 +1,7 @@
 """The pseudo-labels of a run: how many and how right, raw against refined; Figs. 4, 5 and 6.
 
-    python tools/report.py runs/shapes-24-fixmatch-0                     # of its last.pth
-    python tools/report.py runs/shapes-24-fixmatch-0/best.pth --figures figures --json labels.json
+    python tools/report.py runs/shapes-24-s4mc-fixmatch-0                     # of its last.pth
+    python tools/report.py runs/shapes-24-s4mc-fixmatch-0/best.pth --figures figures --json labels.json
 
 Counts pixels of the unlabeled images whose ground truth is known. The threshold is that of evaluate.py --pseudo-labels,
 chosen from the raw confidence, so refinement may just let more pixels pass. Therefore both are compared at equal
