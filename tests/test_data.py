@@ -123,7 +123,7 @@ def test_bad_partitions_roots_and_lists_get_one_sentence(tmp_path):
         ("camvid", root, "no.txt", None, "the list no.txt is not there, or empty; expected one image id per line"),
         ("camvid", root, tmp_path / "list.txt", None, r"2 ids are not .*, first \.\./.*; .* like train0,"),
         ("camvid", root, "all", None, r"has no unlabeled images; use --framework supervised, or fewer labels"),
-        ("camvid", tmp_path / "nowhere", 2, None, "camvid has no training images under --root"),
+        ("camvid", tmp_path / "nowhere", 2, None, "camvid under .* has no training images"),
         ("pascal", voc, 100, splits, r"no list of 100 labeled images; expected one of \[2, 7, 1464\], or a file"),
         ("pascal", voc, 92, None, "92 of 92 labeled images of pascal have no image"),
         ("pascal", voc, 2, splits, "1 of 6 unlabeled images of pascal have no image .*first 2008_000002; "),
