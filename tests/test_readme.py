@@ -74,6 +74,7 @@ def little_world(tmp_path, monkeypatch):
     pascal(tmp_path / "data/VOCdevkit/VOC2012", splits)
     cityscapes(tmp_path / "data/cityscapes", splits)
     folder(tmp_path / "data/mine", images=6, annotated=4, val=0)
+    (tmp_path / "classes.csv").write_text("class 0,0\nclass 1,1\nclass 2,2\n")
     for number in data.SPLITS.glob("pascal/[1-9]*.txt"):
         if number.stem != "1464":
             shutil.copy(splits / "pascal" / "2.txt", splits / "pascal" / number.name)
