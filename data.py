@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as VF
@@ -41,10 +41,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which to
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names and cannot read them
 SUFFIXES = Image.registered_extensions()
 READABLE = tuple(suffix for suffix, kind in SUFFIXES.items() if kind in Image.OPEN and kind not in STUBS)
-SYSTEM_FILES = (  # of Windows, macOS, Linux and network storage, in lower case; names with a dot in front beside them
-    "thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "@tmp", "#recycle", "#snapshot", "@recycle",
-    "@recently-snapshot", "$recycle.bin", "system volume information",
-)  # fmt: skip
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx", "lost+found", "@eadir", "#recycle", "@recycle", "$recycle.bin")
 SPLITS = Path(__file__).parent / "splits"
 STREAMS = ("order_x", "order_u", "view_x", "view_u", "step", "strong", "jitter")
 
@@ -132,18 +129,12 @@ def read_text(file):
         return written.decode("latin-1")
 
 
-def spellings(line):
-    r"""Yield the image ids that a line may mean: "p1", "p1.jpg", "images/p1.jpg masks/p1.png", "images\p1.jpg"."""
-    yield line
-    columns = line.strip(), line.split()[0], re.match(r".*?\.\w+(?=[\s,;])|", line.strip())[0]
-    for name in columns:
-        *above, name = re.split("images/", name.replace("\\", "/"), flags=re.IGNORECASE)
-        if above and above[-1].endswith("val/"):  # images of another folder, with ids of their own
-            continue
-        path = Path(name)
-        yield path.as_posix()
-        if suffix(path) in READABLE:
-            yield path.with_suffix("").as_posix()
+def image_id(line):
+    r"""Return the id in a line such as "p1.jpg", "images/p1.jpg masks/p1.png" or "images\p1.jpg", else the line."""
+    line = line.strip()
+    pattern = r"(?!.*val/images/)(?:\S*images/|\./)?(.+?)(\.\w+)(?=[\s,;]|$)"  # images of val/ have ids of their own
+    found = re.match(pattern, line.replace("\\", "/"), re.IGNORECASE)
+    return found[1] if found and found[2].lower() in READABLE else line
 
 
 def id_list(file, known=()):
@@ -153,8 +144,8 @@ def id_list(file, known=()):
     ids = []
     for line in filter(str.strip, lines):
         line = unicodedata.normalize("NFC", line)
-        meant = next((name for name in spellings(line) if name in spelled), None)
-        ids.append(line.strip() if meant is None else spelled[meant])
+        name = next((name for name in (line, image_id(line)) if name in spelled), line.strip())
+        ids.append(spelled.get(name, name))
     if not ids:
         raise InputError(f"the list {file} is not there, or empty; expected one image id per line")
     return ids
@@ -367,6 +358,9 @@ def labeled_ids(name, items, labeled, lists):
         return {annotated[i * len(annotated) // count] for i in range(count)}
     if is_number and int(labeled) not in published:
         raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
+    if not is_number and not Path(labeled).is_file():
+        numbers = f"a number of {published}" if published else "a number"
+        raise InputError(f"--labeled {labeled} is no file; expected {numbers}, all, or a file; see splits/README.md")
     chosen = set(id_list(lists / f"{labeled}.txt" if is_number else labeled, known))
     unknown = sorted(chosen - set(known))
     if unknown:
@@ -381,9 +375,8 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
-SUBFILE, BITS, BANDS, REDUCED_OR_MASK = 254, 258, 277, 1 | 4  # tags of TIFF; bits of the first
+SUBFILE, BITS = 254, 258  # tags of TIFF
 SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
-THREE_BANDS = "expected gray, RGB or RGBA of 8 bits; write such a copy, as gdal_translate -b 1 -b 2 -b 3 does"
 
 warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow, not the picture
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -391,22 +384,16 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a large commen
 
 
 def count_pages(image):
-    """Return the number of full-size pages of an opened file: slices of a stack, frames of an animation.
-
-    Overviews and masks of a GeoTIFF, the second picture of a phone (MPO) and layers (PSD) are no pages.
-    """
-    count = getattr(image, "n_frames", 1)
+    """Return the number of pages of an opened file. Overviews, masks, layers and MPO's second picture are none."""
     if image.format in ("MPO", "PSD"):
         return 1
-    if image.format != "TIFF" or count == 1:
-        return count
-    sizes = []
-    for number in range(count):
+    size, pages = image.size, 0
+    for number in range(getattr(image, "n_frames", 1)):
         image.seek(number)
-        if not image.tag_v2.get(SUBFILE, 0) & REDUCED_OR_MASK:
-            sizes.append(image.size)
+        kind = image.tag_v2.get(SUBFILE, 0) if image.format == "TIFF" else 0
+        pages += image.size == size and kind & 5 == 0  # 1: overview, 4: mask
     image.seek(0)
-    return sizes.count(image.size)
+    return pages
 
 
 def what_is_lost(image, mode):
@@ -414,15 +401,11 @@ def what_is_lost(image, mode):
     pages = count_pages(image)
     if pages > 1:
         return f"holds {pages} pages; expected one; write each page to a file of its own"
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if tags.get(BANDS, 1) > 4:
-        return f"holds {tags[BANDS]} bands; {THREE_BANDS}"
-    deep = SIXTEEN_BITS.search(str(image.tile)) or max(tags.get(BITS, (8,))) > 8
+    bits = max(image.tag_v2.get(BITS, (8,))) if image.format == "TIFF" else 8
+    deep = bits > 8 or SIXTEEN_BITS.search(str(image.tile))
     if image.mode[0] in "IF":  # gray; the values of a mask are kept
         deep = mode != "L"
-    if deep:
-        return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255"
-    return ""
+    return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255" if deep else ""
 
 
 def open_image(path, mode):
@@ -443,8 +426,8 @@ def open_image(path, mode):
         raise InputError(f"{path} is too large ({size}); cut it into tiles, as gdal_retile.py does") from error
     except Exception as error:  # Pillow raises many kinds, all of them the file's fault
         advice = "replace the file, or leave this image out"
-        if isinstance(error, UnidentifiedImageError) and suffix(Path(path)) in (".tif", ".tiff"):
-            advice = f"perhaps it has more bands than four; {THREE_BANDS}"
+        if suffix(Path(path)) in (".tif", ".tiff"):
+            advice += "; perhaps it has more bands than four; expected gray, RGB or RGBA"
         raise InputError(f"{path} could not be read ({error}); {advice}") from error
     if lost:
         raise InputError(f"{path} {lost}")

@@ -83,7 +83,9 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
 
 
 def test_the_crop_comes_from_the_short_side_and_without_unlabeled_images_training_is_supervised(tmp_path, capsys):
-    assert [own_images.crop_for(side) for side in (20, 127, 128, 300)] == [32, 96, 128, 256]
+    for side, crop in ((20, 32), (128, 128), (300, 256)):
+        looks = {"photo": own_images.Look((400, side), "", None)}
+        assert f"--crop {crop} " in own_images.train_command(tmp_path, looks)
     call(root := mine(tmp_path / "mine", images=2, annotated=2, size=(200, 127)))
     options = "--crop 96 --framework supervised --out runs/mine"
     assert capsys.readouterr().out.splitlines()[-1] == f"python train.py --dataset folder --root {root} {options}"
@@ -146,7 +148,7 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
     before, blur = masks_of(root), ImageFilter.GaussianBlur(0.7)
     change_masks(root, lambda m, _: Image.fromarray(palette()[m]).filter(blur), suffix)
-    refused("6 masks are no PNG files of one 8-bit value per pixel, first .*mode RGB.; JPEG changes values", root)
+    refused("6 masks are no PNG files of one 8-bit value per pixel, first .*mode RGB.", root)
     said = capsys.readouterr()
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
     assert ("in all; of JPEG and soft edges list the true ones" in said.err) == (suffix == ".jpg")
@@ -228,7 +230,7 @@ def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
     ("soil,1,2,3\nwheat,4,5,6\n", "", r"\d is not in .*csv"), (",1\n", "", "holds ',1'"),
     ("", "", "names 0 classes"), ("soil,1\nwheat,1.2.3\n", "", "holds 'wheat,1.2.3'"),
     ("name,value\n1,soil,2\n", "", "holds '1,soil,2'"), ("soil,1\n2,3\n", "", "holds '2,3'"),
-    ('[{"name": "soil"}]', "", "names 0 classes; expected 2 to 254; expected lines name,r,g,b"),
+    ('[{"name": "soil"}]', "soil\nweed\n", "names 0 classes; expected 2 to 254; expected lines name,r,g,b"),
     (None, "", "classes.csv is not there; expected lines name,r,g,b"),
     ("soil,1\nwheat,2\n", "__ignore__\nsoil\n", "names __ignore__, which is 255 and no class; .*; remove it"),
     ("soil,1\nwheat,2\n", "soil\nsoil\n", "names soil twice"),
@@ -282,13 +284,17 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
     refused(r"6 masks are no PNG files of one .*, first .*photo 0.jpg .JPEG, mode L.", root)
     (root / "masks" / "photo 0.jpg").rename(root / "masks" / "photo 0.png")
     refused(r"6 masks are no PNG files of one .*, first .*photo 0.png .JPEG, mode L.; JPEG changes values", root)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
+    with pytest.raises(InputError, match="colors, as a photograph does; expected a color per class"):
+        Image.fromarray(noise).save(root / "photo.png")
+        own_images.read_mask(root / "photo.png")
 
 
 @pytest.mark.parametrize("masks, says", [
     (["{}_mask"], "rename them, without '' before it and '_mask' after it"),
     (["SegmentationClass/gt-{}.jpg___fuse"], "without 'SegmentationClass/gt-' before it and '.jpg___fuse' after it"),
-    (["{}-cat", "{}-dog"], "expected one mask for each image; merge them into one, docs/faq.md says how"),
-    (["other"], "expected names such as photo 0; rename or remove them"),
+    (["{}-cat", "{}-dog"], "if an image has several masks, merge them into one, docs/faq.md says how"),
+    (["other"], "expected names such as photo 0; rename them"),
 ])  # fmt: skip
 def test_masks_under_other_names_are_to_be_renamed_or_merged(tmp_path, masks, says):
     root = mine(tmp_path / "mine", images=12, annotated=11)  # photo 1 and photo 10
@@ -328,6 +334,12 @@ def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop
     assert "photo 3.png holds 2 pages; expected one" in said
 
 
+def test_nearest_is_within_16_in_each_channel_and_alpha_is_one():
+    table = {"nan": 255, "0": 0, "20": 1, "255,0,0": 2, "250,0,10": 3}
+    expected = {"9": 0, "11": 1, "37": 255, "252,0,4": 2, "250,0,7": 3, "255,17,0": 255, "255,0,0,250": 2, "inf": 255}
+    assert {code: own_images.nearest(code, table) for code in expected} == expected
+
+
 @pytest.mark.parametrize("name, says", [
     ("a.HEIC", "magick mogrify -format jpg"), ("a.json", "CVAT's 'Segmentation mask'"), ("a.txt", "polygons or a list"),
     ("a.nii.gz", "a volume; write each slice"), ("a.dcm", "a volume"), ("a.h5", "a volume"), ("a.mp4", "ffmpeg -i"),
@@ -355,7 +367,7 @@ def test_the_summary_names_folders_what_is_not_read_and_what_is_odd(tmp_path, ca
     for folder in ("unlabeled", "valid"):
         assert f"{root / folder} (1 images) is not read; expected images in images/, those to validate" in said
     assert "notes (" not in said and "masks-painted (" not in said
-    assert "images by folder: . 7, trip 1" in said and "transparent pixels; they are trained on as any other, first photo 6" in said
+    assert "images by folder: . 7, trip 1" in said and "1 images have transparent pixels; they" in said
     assert "what is 255 is never learned; give the background a class of its own" in said
 
 

@@ -186,7 +186,7 @@ def test_outputs_come_from_the_checkpoint_alone_for_a_folder_one_image_and_a_sma
     words = [checkpoint, "--images", new, "--device", "cpu", "--masks"]
     call(predict, *words, out, "--confidence", "--probabilities")
     assert "5 masks written to" in (said := capsys.readouterr().out) and "0 class 0, 1 class 1, 2 class 2" in said
-    assert "1 files are left out, because their suffix is no image's, first" in said and "readme.txt" in said
+    assert "1 files are left out, because they are no images, first" in said and "readme.txt" in said
     assert said.endswith(f"look at {out}-sheet.png: images beside their masks\n")
     with Image.open(f"{out}-sheet.png") as sheet:
         for place, file in enumerate((new / "photo 0.jpg", tmp_path / "out-overlays" / "photo 0.png")):
@@ -246,43 +246,40 @@ def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named(tmp_pat
     out.mkdir()
     (out / "photo 0.png").write_bytes(b"corrected by hand")
     (new / "photo 2.bmp").write_bytes(b"BM broken")
-    for name in (long, "photo 4"):
-        Image.new("RGB", (40, 40)).save(new / f"{name}.png")
+    Image.new("RGB", (40, 40)).save(new / f"{long}.png")
     words = [run / "last.pth", "--images", new, "--masks", out, "--device", "cpu"]
     refused("2 images have no mask, for the reasons named above", predict, *words)
     said = capsys.readouterr()
     assert "photo 2.bmp could not be read" in said.err and f"{long}.png has no mask: [Errno 36] File name" in said.err
     assert "1 masks were in" in said.out and "are kept, whatever checkpoint and options made them" in said.out
-    assert "4 masks written" in said.out and "1 files beside them, such as of --confidence" in said.out  # the overlay
+    assert "3 masks written" in said.out and "files beside them, such as of --confidence, are not" in said.out
     assert (out / "photo 0.png").read_bytes() == b"corrected by hand"
-    two = ["photo 4.png.png", "photo 4.webp.png"]  # of one stem
-    assert names_below(out) == ["photo 0.png", "photo 3.png", *two, "trip/photo 1.png"]
+    assert names_below(out) == ["photo 0.png", "photo 3.png", "photo 4.png", "trip/photo 1.png"]
+    Image.new("RGB", (40, 40)).save(new / "photo 4.png")
+    refused("photo 4.webp have the same name; remove one of them", predict, *words)
+    (new / "photo 4.png").unlink()
     for inside in (new, new / ".." / new.name / "masks"):
         refused("lies in --images .*; use another folder", predict, *words, "--masks", inside)
     Image.new("RGBA", (9, 9), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    words[3:] = ["--masks", out, "--device", "cpu", "--confidence", "--images"]
-    call(predict, *words[:2], tmp_path / "clear.png", *words[3:-1])
+    call(predict, *words[:2], tmp_path / "clear.png", *words[3:])
     assert (pixels(out / "clear.png") == 255).all()
-    (out.with_name("out-confidence") / "clear.png").unlink()
-    capsys.readouterr()
-    call(predict, *words[:2], tmp_path / "clear.png", *words[3:-1])
-    assert "1 masks were in" in (said := capsys.readouterr().out) and "1 files beside them, such as" in said
     (tmp_path / "clip.mp4").write_bytes(b"x")
     for name, says in (("nowhere", "add some"), ("clip.mp4", "1 files are left out, .*clip.mp4: a video; `ffmpeg")):
         says = f"has no image; expected one, or a folder of images; {says}"
-        refused(says, predict, *words[:2], tmp_path / name, *words[3:-1])
+        refused(says, predict, *words[:2], tmp_path / name, *words[3:])
 
 
 def test_the_sheet_holds_twelve_images_evenly_spaced(tmp_path):
     out, paths = tmp_path / "out", {}
-    args = predict.parse_args(["last.pth", "--images", "x", "--masks", str(out)])
-    assert predict.write_sheet(out, paths, args) is None
+    predict.write_sheet(out, paths)
+    assert names_below(tmp_path) == []
     (tmp_path / "out-overlays").mkdir()
     for gray in range(24):
         paths[f"{gray:02}"] = tmp_path / f"{gray:02}.png"
         for file in (paths[f"{gray:02}"], tmp_path / "out-overlays" / f"{gray:02}.png"):
             Image.new("RGB", (30, 30), (gray, gray, gray)).save(file)
-    sheet = pixels(predict.write_sheet(out, paths, args))
+    predict.write_sheet(out, paths)
+    sheet = pixels(tmp_path / "out-sheet.png")
     assert [sheet[2 + 242 * (i // 6), 2 + 242 * (i % 6), 0] for i in range(24)] == [i // 2 * 2 for i in range(24)]
     assert names_below(tmp_path)[-1] == "out-sheet.png" and sheet.shape == (2 + 4 * 242, 2 + 6 * 242, 3)
 

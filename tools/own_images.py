@@ -8,8 +8,8 @@
 
 The folder holds images/ and masks/, a mask under the name of its image. val/ may hold both again, for validation.
 Training needs masks that are PNG files of class indices: 0, 1, 2 and so on, 255 for pixels to ignore. classes.txt names
-the classes, one per line. For other masks this prints lines for classes.csv: write a class in place of each "?", or
-ignore. --colors then replaces the masks. The originals move to masks-painted/.
+the classes, one per line. For other masks this prints lines for classes.csv. Write a class, or ignore, in place of each
+"?". --colors then replaces the masks. The originals move to masks-painted/.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,522 +31,362 @@ from PIL import ExifTags, Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import IGNORE, NO_CLASS, READABLE, InputError, files, id_list, open_dataset, open_image  # noqa: E402
-from data import palette, read, read_text, save_mask, suffix, walk  # noqa: E402
+from data import palette, read, read_classes, read_text, save_mask, suffix, walk  # noqa: E402
 from evaluate import number, run_script  # noqa: E402
 
-NEAR = 16  # of 255 in each channel; with --nearest so near a color a pixel has its class
-FEW = 50  # pixels; a class of fewer may be a slip
-SHOWN = 40  # lines at most
+NEAR = 16  # of 255 in each channel; with --nearest, a pixel so near to a listed color has its class
+SHOWN = 40  # lines to fill in at most
+SERIES = "frames of one video or tiles of one image belong on one side: --val FILE or a folder val/ decides otherwise"
 MOST = 65536  # colors of a mask; a photograph has more
 LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
-NODATA = -1e308  # stands for NaN and infinity, as rasters hold them
-SERIES = "frames of one video or tiles of one image belong on one side: --val FILE or a folder val/ decides otherwise"
 CONVERTERS = {
     ".heic .heif": "a photograph of a phone; `magick mogrify -format jpg *.heic` converts it",
     ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data of a camera; export JPEG files from your raw converter",
     ".npy .npz .mat": "an array; Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
-    ".json .xml .geojson .shp": "polygons, no pixels; export masks, as labelme2voc or CVAT's 'Segmentation mask' do",
-    ".txt": "text, perhaps YOLO's polygons; export masks from your tool",
-    ".nii .gz .dcm .mha .mhd .nrrd .h5 .hdf .hdf5": "a volume; write each slice as a PNG of 8 bits, and its mask, too",
-    ".czi .lif .nd2 .svs .vsi .ims": "a microscope's own format; export TIFF or PNG files of 8 bits, as with Fiji",
+    ".json .xml .geojson .shp .txt .csv": "polygons or a list; export masks, as CVAT's 'Segmentation mask' does",
+    ".nii .gz .dcm .mha .mhd .nrrd .h5 .hdf .hdf5": "a volume; write each slice and its mask as a PNG of 8 bits",
     ".mp4 .avi .mov .mkv .webm .mpg .mpeg .m4v .wmv": "a video; `ffmpeg -i clip.mp4 images/%05d.png` writes its frames",
-    ".csv": "a table; if it names the classes, --colors reads it",
 }
 
 
 def left_out(paths):
     """Return a sentence on the files that are no images by their suffix, and on what converts them; or ""."""
     others = [path for path in paths if suffix(path) not in READABLE]
-    if not others:
-        return ""
-    first, advice = others[0], "no image"
-    for suffixes, text in CONVERTERS.items():
-        known = [path for path in others if suffix(path) in suffixes.split()]
-        if known:
-            first, advice = known[0], text
-            break
-    return f"{len(others)} files are left out, because their suffix is no image's, first {first}: {advice}"
+    for suffixes, advice in CONVERTERS.items():
+        for path in others:
+            if suffix(path) in suffixes.split():
+                return f"{len(others)} files are left out, because they are no images, first {path}: {advice}"
+    return f"{len(others)} files are left out, because they are no images, first {others[0]}" if others else ""
 
 
-def surroundings(names, cores):
-    """Return what stands before and after a core in all names, a different core in each; or None."""
-    for core in sorted(filter(None, cores), key=len, reverse=True):  # the longest one that stands in the first name
-        before, found, after = names[0].partition(core)
-        if found:
-            inner = {name.removeprefix(before).removesuffix(after) for name in names}
-            if inner <= cores and len(inner) == len(names):
-                return before, after
-    return None
-
-
-def naming_advice(strays, images, end):
-    """Return how to rename or merge masks that have no image of their name; end: their suffix."""
-    front = os.path.commonprefix([*images]).rstrip("0123456789")
-    back = os.path.commonprefix([id[::-1] for id in images])[::-1].lstrip("0123456789")
-    for start, stop in (("", ""), (front, back)):
-        found = surroundings(strays, {id.removeprefix(start).removesuffix(stop) for id in images})
-        if found:
-            before, after = found
-            core = f'g="${{f#{before}}}"; ' if before else 'g="$f"; '
-            rename = f'{core}mv -n "$f" "{start}${{g%{after}{end}}}{stop}{end}"'
-            return f"expected an image's name; rename them: for f in {before}*{after}{end}; do {rename}; done"
+def naming_advice(strays, images):
+    """Return how to rename or merge masks that have no image of their name."""
+    around = set()
+    for stray in strays:
+        inside = [id for id in images if id in stray]
+        before, _, after = stray.partition(max(inside, key=len, default=stray))
+        around.add((before, after))
+    if len(around) == 1 and around != {("", "")}:
+        before, after = around.pop()
+        return f"expected the image's name; rename them, without '{before}' before it and '{after}' after it"
     return (
-        "expected an image's name; rename them, and if an image has several, such as one per class, merge these into "
-        "one mask, see docs/faq.md"
+        f"expected names such as {next(iter(images))}; rename them, and if an image has several masks, merge them into "
+        "one, docs/faq.md says how"
     )
 
 
-def list_pairs(place):
-    """Return {id: (image, its mask or None)} of images/ and masks/, and a sentence on other files, or ""."""
-    folders = place / "images", place / "masks"
-    if not all(folder.is_dir() for folder in folders):
-        held = ", ".join(path.name for path in sorted(place.glob("*"))[:8])
-        raise InputError(
-            f"{place} holds {held or 'nothing'}; expected the folders images and masks, a mask under the name of its "
-            "image; make them, or name the folder that has them"
-        )
-    images, masks = map(files, folders)
-    others = left_out([*walk(folders[0]), *walk(folders[1])])
+def list_pairs(place, prefix=""):
+    """Return {id: (image, its mask or None)} of images/ and masks/ below a folder. Raises InputError."""
+    if not (place / "images").is_dir() or not (place / "masks").is_dir():
+        raise InputError(f"{place} lacks images/ or masks/; expected both, and a mask under the name of its image")
+    images, masks = files(place / "images"), files(place / "masks")
     strays = [id for id in masks if id not in images]
     if strays and images:
-        first = masks[strays[0]]
-        advice = naming_advice(strays, images, first.suffix)
-        raise InputError(f"{len(strays)} masks have no image of their name, first {first}; {advice}")
-    for folder, found in zip(folders, (images, masks)):
-        if not found:
-            advice = others or "add some"
-            raise InputError(f"{folder} has no image; expected masks/NAME.png for images/NAME.jpg; {advice}")
-    return {id: (path, masks.get(id)) for id, path in images.items()}, others
-
-
-def folders_beside(root):
-    """Yield a sentence on the folders beside images/ that hold images and are not read."""
-    for path in sorted(root.iterdir()):
-        count = sum(suffix(file) in READABLE for file in walk(path))
-        if count and path.name not in ("images", "masks", "val") and not path.name.startswith("masks-painted"):
-            yield f"{path} ({count} images) is not read; expected images in images/, those to validate on in val/images"
+        advice = naming_advice(strays, images)
+        raise InputError(f"{len(strays)} masks have no image of their name, first {masks[strays[0]]}; {advice}")
+    if not images or not masks:
+        advice = left_out([*walk(place / "images"), *walk(place / "masks")]) or "add some"
+        raise InputError(f"{place} has {len(images)} images and {len(masks)} masks; expected some of both; {advice}")
+    return {prefix + id: (path, masks.get(id)) for id, path in images.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# reading
+# images and masks
 
 
 class Mask(NamedTuple):
-    """What a mask holds: its values and their colors in the same order, and, once `prepare` has run, their classes."""
+    """What a mask holds. A code is a value such as "3", or a color such as "255,0,0", as classes.csv writes it."""
 
     path: Path
-    format: str  # by content
-    mode: str
-    indexed: bool  # class indices under the palette that `save_mask` writes
-    values: np.ndarray | None  # (n,1); None: several bands
-    colors: np.ndarray | None  # (n,4): red, green, blue, alpha; None: more than 8 bits
-    pixels: np.ndarray  # (n,), how many have this value
-    codes: np.ndarray | None = None  # the values or the colors
+    kind: str  # format by content, and Pillow's mode
+    is_index_file: bool  # PNG of one 8-bit value per pixel
+    is_ours: bool  # its palette is that of `save_mask`
+    codes: list
+    pixels: list  # how many have this code
+    colors: list  # of the codes, if they are indices of a palette
     table: dict = {}  # {code: class or 255}
-    reach: int = 0  # so near a code of the table, in each channel, another one has its class
-    stays: bool = False  # written by this tool, and not to be converted again
+    stays: bool = False  # class indices, which are not converted
 
-    def classes(self):
-        """Return the class of each code, NO_CLASS if the table does not say."""
-        listed = {code: label for code, label in self.table.items() if len(code) == self.codes.shape[1]}
-        if not listed:
-            return np.full(len(self.codes), NO_CLASS)
-        distance = np.abs(self.codes[:, None] - np.array([*listed])).max(2)  # (n, listed)
-        classes = np.array([*listed.values()])[distance.argmin(1)]
-        return np.where(distance.min(1) <= self.reach, classes, NO_CLASS)
+
+Look = namedtuple("Look", "size remark mask")  # what an image and its mask hold
+
+
+def code_of(numbers):
+    """Return the code of a value (one number) or of a color (red, green, blue, alpha)."""
+    if len(numbers) == 4 and numbers[3] == 0:
+        return "0,0,0,0"  # transparent, whatever its color
+    if len(numbers) == 4 and numbers[3] == 255:
+        numbers = numbers[:3]
+    return ",".join(str(float(one)).removesuffix(".0") for one in numbers)
 
 
 def read_mask(path):
-    """Return a Mask, and the place (H,W) of each pixel's value in it."""
+    """Return a Mask, and for each pixel (H,W) the place of its code in it."""
     image = open_image(path, "L")
-    one_band = len(image.getbands()) == 1
-    indexed = image.format == "PNG" and image.mode == "P" and image.getpalette() == palette().ravel().tolist()
-    colors = None
-    if image.mode[0] not in "IF":
-        rgba = np.array(image.convert("RGBA"))
-        rgba[rgba[..., 3] == 0] = 0  # what is fully transparent has no color
-        colors = rgba.view(np.uint32)[..., 0]
-    stored = np.array(image.convert("L") if image.mode == "1" else image) if one_band else colors
-    if stored.dtype.kind == "f":
-        stored = np.nan_to_num(stored.astype(float), nan=NODATA, posinf=NODATA, neginf=NODATA)
-    found, first, where, pixels = np.unique(stored, return_index=True, return_inverse=True, return_counts=True)
-    if len(found) > MOST:
-        raise InputError(f"mask {path} holds {len(found)} colors, as a photograph does; expected a color per class")
-    values = found[:, None].astype(float) if one_band else None
-    colors = None if colors is None else rgba.reshape(-1, 4)[first].astype(float)
-    return Mask(path, image.format, image.mode, indexed, values, colors, pixels), where.reshape(stored.shape)
-
-
-class Look(NamedTuple):
-    """What an image and its mask hold."""
-
-    size: tuple
-    turned: bool  # by an EXIF tag, and the mask cannot tell whether it is, too
-    clear: bool  # some pixels are fully transparent
-    mask: Mask | None
+    is_index_file = image.format == "PNG" and suffix(path) == ".png" and image.mode in ("L", "P")
+    is_ours = is_index_file and image.getpalette() == palette().ravel().tolist()
+    many_bands = len(image.getbands()) > 1
+    colors = []
+    stored = np.array(image.convert("RGBA") if many_bands else image)  # (H,W,4) or (H,W)
+    if many_bands:
+        stored = stored.view(np.uint32)[..., 0]
+    values, first, where, pixels = np.unique(stored, return_index=True, return_inverse=True, return_counts=True)
+    if len(values) > MOST:
+        raise InputError(f"mask {path} holds {len(values)} colors, as a photograph does; expected a color per class")
+    codes = [code_of([value]) for value in values.tolist()]
+    if many_bands:
+        codes = [code_of(color) for color in values.view(np.uint8).reshape(-1, 4).tolist()]
+    elif image.mode == "P":
+        rgba = np.array(image.convert("RGBA")).reshape(-1, 4)
+        colors = [code_of(color) for color in rgba[first].tolist()]
+    kind = f"{image.format}, mode {image.mode}"
+    return Mask(path, kind, is_index_file, is_ours, codes, pixels.tolist(), colors), where.reshape(stored.shape)
 
 
 def look(path, mask):
     """Return the Look of an image and its mask, or None. Raises InputError if they do not fit."""
-    image = open_image(path, "RGBA")
-    stored, orientation = image.size, 1
-    with Image.open(path) as opened, suppress(Exception):  # damaged metadata
-        stored, orientation = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1)
-    turned = orientation != 1 and stored == image.size
-    clear = image.getchannel("A").histogram()[0] > 0
+    image, remark = open_image(path, "RGBA"), ""
+    if image.getchannel("A").histogram()[0]:
+        remark = "have transparent pixels; they are trained on as any other"
     if mask is None:
-        return Look(image.size, False, clear, None)
+        return Look(image.size, remark, None)
     mask, where = read_mask(mask)
     size = where.shape[::-1]
-    if size == stored != image.size:
-        raise InputError(f"mask {mask.path} lies as stored, its image is turned by an EXIF tag; turn it, too")
     if size != image.size:
-        raise InputError(f"mask {mask.path} has {size} pixels, its image {image.size}; expected the same size")
-    return Look(image.size, turned, clear, mask)
+        advice = "expected the same size; if an EXIF tag turns the image, turn its mask, too"
+        raise InputError(f"mask {mask.path} has {size} pixels, its image {image.size}; {advice}")
+    with suppress(Exception), Image.open(path) as stored:  # damaged metadata
+        if stored.getexif().get(ExifTags.Base.Orientation, 1) != 1 and stored.size == size:
+            remark = "are turned by an EXIF tag; check that their masks are, too"
+    return Look(size, remark, mask)
 
 
 def look_at_all(pairs):
-    """Return the Looks of the images of {id: (image, mask)} that can be read. Raises InputError if another one has a
-    mask."""
+    """Return {id: Look} of the images that can be used. Raises InputError if another one has a mask."""
     looks, broken = {}, 0
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         results = {id: pool.submit(look, *pair) for id, pair in pairs.items()}
-        for id, result in results.items():
-            try:
-                looks[id] = result.result()
-            except InputError as error:
-                annotated = pairs[id][1] is not None
-                broken += annotated
-                print(error if annotated else f"{error}; training goes on without it", file=sys.stderr)
-            if len(looks) % 500 == 499:
-                print(f"{len(looks)} of {len(pairs)} images", file=sys.stderr)
+    for id, result in results.items():
+        try:
+            looks[id] = result.result()
+        except InputError as error:
+            annotated = pairs[id][1] is not None
+            broken += annotated
+            print(error if annotated else f"{error}; training goes on without it", file=sys.stderr)
     if broken:
         raise InputError(f"{broken} annotated images cannot be used, each is named above; replace or remove them")
     return looks
 
 
-def read_line(line, most):
-    """Return (name, code) of a line, or None; of more numbers than `most` the others are no color."""
-    line = re.sub(r"#([0-9a-fA-F]{6})\b", lambda found: ",".join(map(str, bytes.fromhex(found[1]))), line)
-    if not re.search("[,;:]", line):  # 0 0 0 name, or name 0 0 0
-        line = re.sub(r"(?<=\d)\s+|\s+(?=\d)", ",", line)
-    fields = [field.strip(" \"'[]()") for field in re.split("[,;:\t]", line)]
-    is_number = re.compile(r"-?\d+\.?\d*(e[+-]?\d+)?|nan", re.IGNORECASE).fullmatch
-    name = next((field for field in fields if field and not is_number(field)), None)
-    if name is None:
-        return None
-    place = fields.index(name)
-    numbers = [float(field) for field in fields[place:] if is_number(field)]
-    numbers = numbers or [float(field) for field in fields[:place] if is_number(field)]
-    if len(numbers) == 1:
-        return name, (NODATA if numbers[0] != numbers[0] else numbers[0],)
-    color = numbers[:most]
-    if len(color) == 3:
-        color.append(255.0)
-    if len(color) != 4 or not set(color) <= set(range(256)):
-        return None
-    return name, tuple(color) if color[3] else (0.0,) * 4  # fully transparent: no color
-
-
-def is_ignore(name):
-    return name.strip("_").lower() == "ignore"
-
-
-def read_rows(file):
-    """Return {code: name} of a file for --colors.
-
-    Lines name,value or name,r,g,b or name,r,g,b,alpha or name,#rrggbb, also with the name behind; a line of titles.
-    """
-    expected = "expected lines name,r,g,b or name,value, one per class"
-    if not Path(file).is_file():
-        raise InputError(f"--colors {file} is not there; {expected}")
-    written = read_text(file)
-    if written.lstrip()[:1] in ("[", "{"):
-        raise InputError(f"--colors {file} is JSON; {expected}; write its names and colors as such lines")
-    lines = [line for line in written.splitlines() if line.strip(" ,;\t")]
-    lines = [line for line in lines if not re.match("#(?![0-9a-fA-F]{6})", line)]  # comments
-    rows, most = {}, 4
-    for line in lines:
-        found = read_line(line, most)
-        if line == lines[0] and not found and re.match(r"name|label|class|\D*$", line, re.IGNORECASE):  # titles
-            most = 4 if re.search("[,;] *a", line, re.IGNORECASE) else 3
-            continue
-        if not found:
-            raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}; correct the line")
-        name, code = found
-        if name == "?" or code in rows:
-            raise InputError(f"--colors {file} holds {line!r}; expected one class, or ignore, for each code")
-        rows[code] = name
-    if not rows:
-        raise InputError(f"--colors {file} holds no line; {expected}")
-    return rows
-
-
-def read_table(file, names):
-    """Return ({code: class or 255}, names) of a file for --colors. names: those of classes.txt, which number the
-    classes, or []: then their order in the file does."""
-    rows = read_rows(file)
-    named = list(dict.fromkeys(name for name in rows.values() if not is_ignore(name)))
-    unknown = [name for name in named if names and name not in names]
-    if unknown:
-        raise InputError(f"--colors {file} names {unknown[0]}, classes.txt does not; expected the same; correct one")
-    names = names or named
-    if not 2 <= len(names) <= NO_CLASS:
-        raise InputError(f"--colors {file} names {len(names)} classes; expected 2 to {NO_CLASS}; correct it")
-    return {code: IGNORE if is_ignore(name) else names.index(name) for code, name in rows.items()}, names
+# ----------------------------------------------------------------------------------------------------------------------
+# codes and classes
 
 
 def read_names(file):
     """Return the names in classes.txt, [] if there is no such file."""
-    names = id_list(file) if file.is_file() else []
+    names = list(read_classes(file)) if file.is_file() else []
     for name in names:
-        if is_ignore(name):
+        if name.strip("_").lower() == "ignore":
             raise InputError(f"{file} names {name}, which is 255 and no class; expected names of 0, 1, ...; remove it")
-        if names.count(name) > 1:
-            raise InputError(f"{file} names {name} twice; expected different names; correct it")
     return names
 
 
-def indices(names):
-    """Return the table of masks that are class indices."""
-    return {(index,): index for index in [*range(len(names)), IGNORE]}
+def split_line(line):
+    """Return (texts, numbers) of a line: name,value or name,r,g,b or name,r,g,b,alpha or name,#rrggbb or name:r,g,b:"""
+    line = re.sub("^# .*", "", line)  # a comment
+    line = re.sub("#([0-9a-fA-F]{6})", lambda found: ",".join(map(str, bytes.fromhex(found[1]))), line)
+    if ":" in line:
+        line = ",".join(line.split(":")[:2])
+    fields = [field.strip(" \"'") for field in re.split("[,;\t]", line)]
+    fields = [field for field in fields if field]
+    is_number = re.compile(r"-?(\d+\.?\d*(e[+-]?\d+)?|nan|inf)").fullmatch
+    numbers = [float(field) for field in fields if is_number(field)]
+    texts = [field for field in fields if not is_number(field)]
+    if texts and texts[0] not in (fields[0], fields[-1]):  # numbers on both sides of the name
+        texts = fields
+    return ["ignore" if text.strip("_").lower() == "ignore" else text for text in texts], numbers
 
 
-def held(masks):
-    """Return the set of all values."""
-    return set().union(*(mask.values.ravel().tolist() for mask in masks))
-
-
-def prepare(masks, names, table, reach=0):
-    """Return the masks with the codes, values or colors, by which they are read, and the table of their classes.
-
-    Class indices that this tool has written stay, if classes.txt names them. Other masks are read by value if they have
-    one band and no palette of their own, else by color; or as all lines of the table are.
-    """
-    prepared, kinds = [], {len(code) for code in table}
-    for mask in masks:
-        if mask.indexed and names and held([mask]) <= {*range(len(names)), IGNORE}:
-            prepared.append(mask._replace(codes=mask.values, table=indices(names), stays=True))
-            continue
-        by_value = mask.mode != "P" or mask.indexed
-        if len(kinds) == 1 and not mask.indexed:
-            by_value = kinds == {1}
-        codes, instead = (mask.values, mask.colors) if by_value else (mask.colors, mask.values)
-        if codes is None:  # such as colors of a mask of 16 bits
-            codes = instead
-        prepared.append(mask._replace(codes=codes, table=table, reach=reach))
-    return prepared
-
-
-class Row(NamedTuple):
-    """A line of the table of what the masks hold."""
-
-    code: str
-    label: int  # class, 255 or NO_CLASS
-    counts: dict  # {mask: pixels}
-
-    @property
-    def pixels(self):
-        return sum(self.counts.values())
-
-
-def tally(masks):
-    """Return a Row for each value or color, the most frequent first. --nearest sums up those that are not listed."""
+def read_table(file, names):
+    """Return ({code: class or 255}, names) of a file for --colors. names: of classes.txt; []: in the file's order."""
+    expected = "expected lines name,r,g,b or name,value, one for each class"
+    if not Path(file).is_file():
+        raise InputError(f"--colors {file} is not there; {expected}")
     rows = {}
+    for line in read_text(file).splitlines():
+        texts, numbers = split_line(line)
+        is_title = not rows and not numbers
+        if is_title or not texts + numbers:
+            continue
+        if len(texts) != 1 or texts == ["?"] or len(numbers) not in (1, 3, 4) or code_of(numbers) in rows:
+            raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}, and a class or ignore for each ?")
+        rows[code_of(numbers)] = texts[0]
+    named = [name for name in dict.fromkeys(rows.values()) if name != "ignore"]
+    unknown = [name for name in named if names and name not in names]
+    if unknown:
+        raise InputError(f"--colors {file} names {unknown[0]}, classes.txt does not; expected the same; correct one")
+    names = names or named
+    if not rows or not 2 <= len(names) <= NO_CLASS:
+        raise InputError(f"--colors {file} names {len(named)} classes; expected 2 to {NO_CLASS}; {expected}")
+    return {code: IGNORE if name == "ignore" else names.index(name) for code, name in rows.items()}, names
+
+
+def index_table(names):
+    """Return the table of masks that are class indices."""
+    return {str(index): index for index in range(len(names))} | {str(IGNORE): IGNORE}
+
+
+def numbers_of(code):
+    """Return the value of a code, or its red, green, blue and alpha."""
+    numbers = [float(one) for one in code.split(",")]
+    return numbers + [255] if len(numbers) == 3 else numbers
+
+
+def nearest(code, table):
+    """Return the class of the nearest code of the table, 255 if none is within NEAR in each channel."""
+    numbers, classes = numbers_of(code), {}
+    for listed, label in table.items():
+        other = numbers_of(listed)
+        distance = max(abs(a - b) for a, b in zip(numbers, other))
+        if len(other) == len(numbers) and distance <= NEAR:
+            classes[distance] = label
+    return classes[min(classes)] if classes else IGNORE
+
+
+def give_tables(masks, names, table):
+    """Return the masks with their tables. Class indices that this tool has written stay, if classes.txt names them.
+
+    Palettes are read as colors if other masks are colors, or if an index has different colors.
+    """
+    pairs = {pair for mask in masks for pair in zip(mask.codes, mask.colors)}
+    by_color = len(pairs) > len({code for code, _ in pairs}) or any("," in mask.codes[0] for mask in masks)
+    indices, given = index_table(names), []
     for mask in masks:
-        for code, label, pixels in zip(mask.codes.tolist(), mask.classes().tolist(), mask.pixels.tolist()):
-            name = text(code)
-            if mask.reach and tuple(code) not in mask.table:
-                name = "others, far" if label == NO_CLASS else "others, near"
-                label = IGNORE if label == NO_CLASS else label
-            counts = rows.setdefault((name, label), Row(name, label, {})).counts
-            counts[mask.path] = counts.get(mask.path, 0) + pixels
-    return sorted(rows.values(), key=lambda row: -row.pixels)
+        if mask.is_ours and names and set(mask.codes) <= set(indices):
+            mask = mask._replace(table=indices, stays=True)
+        elif by_color and mask.colors and not mask.is_ours:
+            mask = mask._replace(table=table, codes=mask.colors, is_index_file=False)
+        else:
+            mask = mask._replace(table=table)
+        given.append(mask)
+    return given
 
 
-def text(code):
-    """Return a value or color as classes.csv names it: its number, or r,g,b, and alpha if that is not 255."""
-    if len(code) == 4 and code[3] == 255:
-        code = code[:3]
-    return ",".join("nan" if one == NODATA else str(one).removesuffix(".0") for one in code)
+Row = namedtuple("Row", "code label pixels masks")  # a line of the summary; label: class, 255 or NO_CLASS
+
+
+def tally(masks, near=()):
+    """Return the Rows, the most frequent first. near: codes that --nearest decides on; they are summed up."""
+    pixels, paths = Counter(), {}
+    for mask in masks:
+        for code, count in zip(mask.codes, mask.pixels):
+            label = mask.table.get(code, NO_CLASS)
+            key = ("others" if code in near and not mask.stays else code, label)
+            pixels[key] += count
+            paths.setdefault(key, {})[mask.path] = True
+    return [Row(*key, count, [*paths[key]]) for key, count in pixels.most_common()]
 
 
 def show(rows, names, out):
     """Print the table."""
+    meanings = {NO_CLASS: "?", IGNORE: "255 = ignore"}
+    meanings |= {index: f"{index} {name}" for index, name in enumerate(names)}
     print(f"{'value or color':>16} {'pixels':>12} {'masks':>6}  {'first mask':30} is", file=out)
-    for row in rows:
-        if row.label == NO_CLASS:
-            meaning = "?"
-        elif row.label == IGNORE:
-            meaning = "255 = ignore"
-        else:
-            meaning = f"{row.label} {names[row.label]}"
-            if row.pixels < FEW:
-                meaning += " (a slip?)"
-        first = next(iter(row.counts)).name
-        print(f"{row.code:>16} {row.pixels:12,} {len(row.counts):6}  {first:30} {meaning}", file=out)
+    for code, label, pixels, masks in rows:
+        print(f"{code:>16} {pixels:12,} {len(masks):6}  {masks[0].name:30} {meanings[label]}", file=out)
 
-
-def two_conventions(masks):
-    """Return a sentence if 255 in some masks may be what 1 is in others, or ""."""
-    full = [mask.path for mask in masks if held([mask]) == {0, IGNORE} and not mask.indexed]
-    ones = [mask.path for mask in masks if 1 in mask.values]
-    if not full or not ones or not held(masks) <= {0, 1, IGNORE}:
-        return ""
-    return f"{len(full)} masks hold only 0 and 255, first {full[0]}, and {len(ones)} hold 1, first {ones[0]}"
 
 
 def problem_with(masks, names):
     """Return why the masks are no class indices of these names, or ""."""
-    colored = [mask for mask in masks if mask.values is None]
-    if colored:
-        return f"{len(colored)} masks hold colors, first {colored[0].path}"
-    colors = {(*value, *color) for mask in masks if mask.mode == "P" for value, color in zip(mask.values, mask.colors)}
-    if len(colors) > len({value for value, *_ in colors}):
-        return "the masks have different palettes"
-    odd = [mask for mask in masks if mask.format != "PNG" or suffix(mask.path) != ".png" or mask.mode not in ("L", "P")]
+    odd = [mask for mask in masks if not mask.is_index_file]
     if odd:
-        problem = f"{len(odd)} masks are no 8-bit PNG files, first {odd[0].path} ({odd[0].format}, mode {odd[0].mode})"
-        return f"{problem}; JPEG changes values, better export PNG files" if odd[0].format == "JPEG" else problem
-    classes = sorted(held(masks) - {IGNORE})
-    if len(classes) < 2:
-        return "the masks hold fewer than two classes"
-    wrong = [value for value in classes if value not in range(min(len(names), NO_CLASS))]
-    if not wrong:
-        return two_conventions(masks)
-    first = next(mask.path for mask in masks if wrong[0] in mask.values)
-    problem = (
-        f"the masks hold {', '.join(text([value]) for value in wrong[:5])}, first {first}, and there are {len(names)} "
-        "classes; if all values are indices, write a name for each from 0 on, often background first, into classes.txt"
-    )
-    if classes == [*range(len(classes))]:
-        raise InputError(problem)
-    return problem
+        problem = f"{len(odd)} masks are no PNG files of one 8-bit value per pixel, first {odd[0].path} ({odd[0].kind})"
+        return f"{problem}; JPEG changes values, better export PNG" if "JPEG" in odd[0].kind else problem
+    values = {code for mask in masks for code in mask.codes}
+    unknown = sorted(values - set(index_table(names)), key=int)
+    if unknown:
+        first = next(mask.path for mask in masks if unknown[0] in mask.codes)
+        return (
+            f"the masks hold {', '.join(unknown[:5])}, first {first}, and there are {len(names)} classes; if all are "
+            "indices, write a name for each from 0 on, often background first, into classes.txt"
+        )
+    full = [mask.path for mask in masks if set(mask.codes) == {"0", "255"} and not mask.is_ours]
+    ones = [mask.path for mask in masks if "1" in mask.codes]
+    if full and ones and values == {"0", "1", "255"}:  # 255 may be what 1 is in other masks
+        return f"{len(full)} masks hold only 0 and 255, first {full[0]}, and {len(ones)} hold 1, first {ones[0]}"
+    return "" if len(values - {str(IGNORE)}) > 1 else "the masks hold fewer than two classes"
 
 
 def accept_indices(root, masks, names):
     """Return the names of the classes, and the masks, if these are class indices. Otherwise print what they hold, and
     lines for classes.csv, and raise InputError."""
-    known = names
-    if not names and all(mask.values is not None for mask in masks):
-        known = [f"class {index}" for index in range(len(held(masks) - {IGNORE}))]
+    values = {code for mask in masks for code in mask.codes} - {str(IGNORE)}
+    known = names or [f"class {index}" for index in range(min(len(values), NO_CLASS))]
+    masks = give_tables(masks, names, {})
     problem = problem_with(masks, known)
     if not problem:
-        return known, [mask._replace(codes=mask.values, table=indices(known)) for mask in masks]
-    masks = prepare(masks, names, {})
+        return known, [mask._replace(table=index_table(known)) for mask in masks]
     rows = tally([mask for mask in masks if not mask.stays])
     show(tally([mask for mask in masks if mask.stays]) + rows[:SHOWN], names, sys.stderr)
     if len(rows) > SHOWN:
         print(f"{len(rows)} in all; of JPEG and soft edges list the true ones, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         print(f"?,{row.code}", flush=True)
-    if names:
-        problem += f" (classes.txt: {', '.join(names)})"
-    command = f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
     raise InputError(
-        f"{problem}; expected class indices 0, 1, 2, ... and 255; correct the masks, or save the lines above as "
-        f"classes.csv, with a class or ignore for each ?, then: {command}"
+        f"{problem}; expected class indices 0, 1, 2, ... and 255 (classes.txt: {', '.join(names) or 'none'}); correct "
+        "the masks, or save the lines above as classes.csv, with a class or ignore for each ?, then: "
+        f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
     )
 
 
-def apply_table(masks, listed, file, nearest):
-    """Return the names of the classes, and the masks, as --colors says. Raises InputError if it lacks a code.
+def apply_table(masks, names, file, by_distance):
+    """Return the names of the classes, the masks with the table of --colors, and the codes that --nearest adds to it.
 
-    listed: the names in classes.txt, or [].
+    names: those in classes.txt, or []. Raises InputError if the table lacks a code.
     """
-    table, names = read_table(file, listed)
-    masks = prepare(masks, listed, table, NEAR if nearest else 0)
-    new_values = any(mask.codes.shape[1] == 1 for mask in masks if not mask.stays)
+    table, known = read_table(file, names)
+    masks = give_tables(masks, names, table)
+    near = {}
+    if by_distance:
+        codes = {code for mask in masks if not mask.stays for code in mask.codes}
+        near = {code: nearest(code, table) for code in codes - set(table)}
+    masks = [mask if mask.stays else mask._replace(table=table | near) for mask in masks]
     for mask in masks:
-        if new_values and mask.stays and any(table.get((value,), value) != value for value in held([mask])):
+        if mask.stays and any(table.get(code, label) != label for code, label in mask.table.items()):
             raise InputError(
                 f"mask {mask.path} is class indices already, and its values have other classes in {file}; expected one "
                 "meaning; convert the new masks in a folder of their own"
             )
     for row in tally(masks):
         if row.label == NO_CLASS:
-            first, count = next(iter(row.counts)), len(row.counts)
             raise InputError(
-                f"{row.code} is not in {file}: {row.pixels} pixels in {count} masks, first {first}; expected every "
-                "value or color; add lines, or for JPEG and soft edges --nearest"
+                f"{row.code} is not in {file}: {row.pixels} pixels in {len(row.masks)} masks, first {row.masks[0]}; "
+                "expected every value or color; add lines, or for JPEG and soft edges --nearest"
             )
-    return names, masks
+    return known, masks, near
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# writing
+# the summary
 
 
-def convert(places, masks):
-    """Replace masks by class indices, all at the end; the originals go to masks-painted/, or masks-painted-2/."""
-    changes = {mask.path: mask for mask in masks if not mask.stays}
-    places = [place for place in places if not set(changes).isdisjoint(files(place / "masks").values())]
-    for place in places:
-        shutil.rmtree(place / "masks.tmp", ignore_errors=True)
-        for id, path in files(place / "masks").items():
-            target = place / "masks.tmp" / f"{id}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path in changes:
-                classes = changes[path].classes()
-                classes[classes == NO_CLASS] = IGNORE
-                _, where = read_mask(path)
-                save_mask(classes.astype(np.uint8)[where], target)
-            else:
-                shutil.copy(path, target)
-    for place in places:
-        painted, number = place / "masks-painted", 1
-        while painted.exists():
-            number += 1
-            painted = place / f"masks-painted-{number}"
-        os.replace(place / "masks", painted)
-        os.replace(place / "masks.tmp", place / "masks")
-
-
-def shrink(root, side):
-    """Write the folder ROOT-side: images whose longer side is that, their masks, and the two lists. Return it."""
-    data = open_dataset("folder", root, "all", use=("labeled", "val"))
-    place = root.resolve() if root.name in ("", "..") else root
-    target, part = (place.with_name(f"{place.name}-{side}{end}") for end in ("", ".tmp"))
-    if target.exists():
-        raise InputError(f"{target} is there already; expected a new folder; move it away first")
-    shutil.rmtree(part, ignore_errors=True)
-
-    def copy(item):
-        with suppress(InputError):  # what is broken was named before
-            image, mask = read(item, data)
-            image.thumbnail((side, side))
-            name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(part / f"{name}.jpg", quality=95)
-            if item.mask:
-                small = mask.resize(image.size, Image.Resampling.NEAREST)
-                save_mask(small, part / f"{name.replace('images', 'masks', 1)}.png")
-
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        list(pool.map(copy, data.labeled + data.unlabeled + data.val))
-    for file in root.glob("*.txt"):  # the lists
-        shutil.copy(file, part)
-    os.replace(part, target)
-    return target
-
-
-def choose_validation(root, pairs, inside, useful, listed):
-    """Return the ids to validate on, and how they were chosen.
-
-    inside: the ids of val/; useful: those of masks that show a class; listed: the file of --val, or None.
-    """
-    file = listed or root / "val.txt"
+def choose_validation(root, looks, masks, listed):
+    """Return the ids to validate on, and how they were chosen. listed: the file of --val, or None."""
+    with_class = {mask.path for mask in masks if any(mask.table[code] != IGNORE for code in mask.codes)}
+    useful = [id for id, seen in looks.items() if seen.mask and seen.mask.path in with_class]
     if len(useful) < 2:
         raise InputError(f"{root} has {len(useful)} masks that show a class; expected two; annotate more images")
-    if inside and listed:
+    if listed and (root / "val").is_dir():
         raise InputError(f"--val {listed} and {root / 'val'} both say what to validate on; expected one; move val away")
-    if inside:
-        ids, chosen = inside, "those of val/"
+    file = Path(listed or root / "val.txt")
+    if (root / "val").is_dir():
+        ids, chosen = [id for id in looks if id.startswith("val/")], "those of val/"
     elif listed or file.is_file():
-        ids, chosen = list(dict.fromkeys(id_list(file, pairs))), f"those of {file}"
+        ids, chosen = list(dict.fromkeys(id_list(file, looks))), f"those of {file}"
     else:
         ids, chosen = useful[4::5] or useful[-1:], "every fifth mask by name; " + SERIES
-    wrong = [id for id in ids if id not in pairs or pairs[id][1] is None]
+    wrong = [id for id in ids if id not in looks or looks[id].mask is None]
     if wrong:
         raise InputError(f"{wrong[0]} is to validate on and has no image or no mask; expected both, as of {useful[0]}")
     if set(useful) <= set(ids):
@@ -554,58 +394,122 @@ def choose_validation(root, pairs, inside, useful, listed):
     return ids, chosen
 
 
-def write_lists(root, names, ids, replace):
-    """Write classes.txt and val.txt unless they are there; replace: val.txt in any case."""
-    if not (root / "classes.txt").is_file():
-        (root / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
-    if not (root / "val").is_dir() and (replace or not (root / "val.txt").is_file()):
-        (root / "val.txt").write_text("\n".join(ids) + "\n", "utf-8")
-
-
-def crop_for(short_side):
-    """Return the --crop for photographs of this short side."""
-    return min(256, max(32, int(short_side) // 32 * 32))
-
-
-def remarks(root, looks, masks, rows, names):
-    """Yield sentences on what may be wrong with the masks and images."""
+def remarks_on_masks(masks, rows, names):
+    """Yield sentences on what may be wrong with the masks."""
     total = sum(row.pixels for row in rows)
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
     yield f"255 is {ignored / total:.1%} of the pixels of the masks"
     if ignored > total / 2:
         yield "what is 255 is never learned; give the background a class of its own if it is to be predicted"
-    share = sum(row.pixels for row in rows if row.label == 0) / total
-    if share > 0.5 and not re.match("_*background|class 0", names[0], re.IGNORECASE):
-        yield f"{share:.0%} of the pixels are {names[0]}; if that is background, its line is missing in classes.txt"
-    absent = [name for index, name in enumerate(names) if index not in [row.label for row in rows]]
+    shown = {row.label for row in rows}
+    absent = [name for index, name in enumerate(names) if index not in shown]
     if absent:
         yield f"no mask shows {', '.join(absent)}; are the lines of classes.txt the names of 0, 1, 2, ...?"
-    single = [mask.path for mask in masks if len(mask.pixels) == 1]
+    single = [mask.path for mask in masks if len(set(mask.codes)) == 1]
     if single:
         what = f"{len(single)} of {len(masks)} masks hold a single value, first {single[0]}"
         yield f"{what}; remove those of images that are not annotated yet: they are unlabeled then"
-    turned = [id for id, seen in looks.items() if seen.turned]
-    if turned:
-        yield f"{len(turned)} images are turned by an EXIF tag, first {turned[0]}; check that their masks are, too"
-    clear = [id for id, seen in looks.items() if seen.clear]
-    if clear:
-        yield f"{len(clear)} images have transparent pixels, first {clear[0]}; they are trained on as any other"
-    folders = Counter(Path(id).parent.as_posix() for id in looks)
-    if set(folders) - {".", "val"}:
-        yield "images by folder: " + ", ".join(f"{name} {count}" for name, count in folders.items())
+
+
+def remarks_on_folder(root, looks):
+    """Yield sentences on what is odd in the images, and on what is not read."""
+    folders = [root / "images", root / "masks", root / "val"]
+    others = left_out([path for folder in folders for path in walk(folder)])
+    if others:
+        yield others
+    for path in sorted(set(root.iterdir()) - set(folders)):
+        count = sum(suffix(file) in READABLE for file in walk(path))
+        if count and not path.name.startswith("masks-painted"):
+            yield f"{path} ({count} images) is not read; expected images in images/, those to validate on in val/images"
+    for remark in sorted({seen.remark for seen in looks.values() if seen.remark}):
+        ids = [id for id, seen in looks.items() if seen.remark == remark]
+        yield f"{len(ids)} images {remark}, first {ids[0]}"
+    below = Counter(Path(id).parent.as_posix() for id in looks)
+    if set(below) - {".", "val"}:
+        yield "images by folder: " + ", ".join(f"{name} {count}" for name, count in below.items())
     if statistics.median(max(seen.size) for seen in looks.values()) > LARGE:
         command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
         yield f"the images are large; better train on smaller copies: {command}, then predict.py --shrink 512"
-    yield from folders_beside(root)
 
 
-def train_command(root, looks, all_annotated):
+def train_command(root, looks):
     """Return the command that trains."""
-    crop = crop_for(statistics.median(min(seen.size) for seen in looks.values()))
+    short_side = int(statistics.median(min(seen.size) for seen in looks.values()))
+    crop = min(256, max(32, short_side // 32 * 32))
     words = ["python", "train.py", "--dataset", "folder", "--root", str(root), "--crop", str(crop)]
-    if all_annotated:
+    if all(seen.mask for seen in looks.values()):
         words += ["--framework", "supervised"]
     return shlex.join([*words, "--out", f"runs/{root.resolve().name}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def convert(place, changes):
+    """Replace the masks of a folder that are in {path: Mask} by class indices, all at the end. The originals go to
+    masks-painted/, or masks-painted-2/."""
+    masks, new = files(place / "masks"), place / "masks.tmp"
+    if not changes.keys() & masks.values():
+        return
+    shutil.rmtree(new, ignore_errors=True)
+    for id, path in masks.items():
+        target = new / f"{id}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path not in changes:
+            shutil.copy(path, target)
+            continue
+        mask = changes[path]
+        classes = np.array([mask.table[code] for code in mask.codes], np.uint8)
+        save_mask(classes[read_mask(path)[1]], target)
+    painted, count = place / "masks-painted", 1
+    while painted.exists():
+        count += 1
+        painted = place / f"masks-painted-{count}"
+    os.replace(place / "masks", painted)
+    os.replace(new, place / "masks")
+
+
+def shrink(root, side):
+    """Write the folder ROOT-side: images whose longer side is that, their masks, and the two lists. Return it."""
+    data = open_dataset("folder", root, "all", use=("labeled", "val"))
+    place = root.resolve()
+    target = place.with_name(f"{place.name}-{side}")
+    if target.exists():
+        raise InputError(f"{target} is there already; expected a new folder; move it away first")
+    for item in data.labeled + data.unlabeled + data.val:
+        try:
+            image, mask = read(item, data)
+        except InputError:
+            continue  # it was named before
+        image.thumbnail((side, side))
+        name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(target / f"{name}.jpg", quality=95)
+        if item.mask:
+            small = mask.resize(image.size, Image.Resampling.NEAREST)
+            save_mask(small, target / f"{name.replace('images', 'masks', 1)}.png")
+    for file in root.glob("*.txt"):  # the lists
+        shutil.copy(file, target)
+    return target
+
+
+def write(root, masks, names, val, args):
+    """Convert the masks if asked to, and write the lists and smaller copies. Return the folder to train on."""
+    changes = {mask.path: mask for mask in masks if args.colors and not mask.stays}
+    try:
+        for place in (root, root / "val"):
+            convert(place, changes)
+        if not (root / "classes.txt").is_file():
+            (root / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
+        if not (root / "val").is_dir() and (args.val or not (root / "val.txt").is_file()):
+            (root / "val.txt").write_text("\n".join(val) + "\n", "utf-8")
+        return shrink(root, args.shrink) if args.shrink else root
+    except OSError as error:
+        raise InputError(
+            f"{root} cannot be written to ({error}); expected to write classes.txt, val.txt and masks there; make a "
+            f"folder of links and use it: mkdir mine && ln -s {shlex.quote(str(root.resolve()))}/* mine/"
+        ) from error
 
 
 def parse_args(argv=None):
@@ -619,50 +523,33 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def write(root, masks, names, val, args):
-    """Convert the masks if asked to, and write the lists and smaller copies. Return the folder to train on."""
-    try:
-        if args.colors:
-            convert([root, root / "val"], masks)
-        write_lists(root, names, val, bool(args.val))
-        return shrink(root, args.shrink) if args.shrink else root
-    except OSError as error:
-        raise InputError(
-            f"{root} cannot be written to ({error}); expected to write classes.txt, val.txt and masks there; make a "
-            f"folder of links and use it: mkdir mine && ln -s {shlex.quote(str(root.resolve()))}/* mine/"
-        ) from error
-
-
 def main(args):
     """Check the folder, convert its masks if asked to, write its lists, and print a summary. Raises InputError."""
     root = Path(args.folder)
-    pairs, left = list_pairs(root)
-    inside, left_in_val = list_pairs(root / "val") if (root / "val").is_dir() else ({}, "")
-    inside = {f"val/{id}": pair for id, pair in inside.items()}
-    pairs |= inside
+    pairs = list_pairs(root)
+    if (root / "val").is_dir():
+        pairs |= list_pairs(root / "val", "val/")
     looks = look_at_all(pairs)
-    masks = [seen.mask for seen in looks.values() if seen.mask]
+    masks, near = [seen.mask for seen in looks.values() if seen.mask], {}
     names = read_names(root / "classes.txt")
     if args.colors:
-        names, masks = apply_table(masks, names, args.colors, args.nearest)
+        names, masks, near = apply_table(masks, names, args.colors, args.nearest)
     else:
         names, masks = accept_indices(root, masks, names)
-    useful = {mask.path for mask in masks if (mask.classes() < NO_CLASS).any()}
-    useful = [id for id, (_, mask) in pairs.items() if mask in useful]
-    val, chosen = choose_validation(root, pairs, list(inside), useful, args.val)
+    val, chosen = choose_validation(root, looks, masks, args.val)
 
-    print(f"{len(pairs)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
-    rows = tally(masks)
+    print(f"{len(looks)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
+    rows = tally(masks, near)
     show(rows, names, sys.stdout)
     if args.colors:
         stay = sum(mask.stays for mask in masks)
         print(f"- {len(masks) - stay} masks to convert; {stay} are class indices already and stay")
-    for remark in filter(None, [left, left_in_val, *remarks(root, looks, masks, rows, names)]):
+    for remark in (*remarks_on_masks(masks, rows, names), *remarks_on_folder(root, looks)):
         print(f"- {remark}")
     place = write(root, masks, names, val, args)
     if place != root:
         return main(parse_args([str(place)]))
-    print(train_command(root, looks, all_annotated=all(mask for _, mask in pairs.values())))
+    print(train_command(root, looks))
 
 
 if __name__ == "__main__":

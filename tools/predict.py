@@ -13,7 +13,6 @@ is there already is kept. Transparent pixels get 255.
 import argparse
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from torchvision.utils import make_grid
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-from data import IGNORE, READABLE, InputError, open_image, rank_and_world, save_mask, suffix, walk  # noqa: E402
+from data import IGNORE, InputError, files, open_image, rank_and_world, save_mask, walk  # noqa: E402
 from evaluate import Protocol, image_threshold, label_options, last_line, number, overlay, predict  # noqa: E402
 from evaluate import refinement_options, run_script  # noqa: E402
 from model import all_reduce, load_checkpoint, load_network, start_processes  # noqa: E402
@@ -38,19 +37,26 @@ TILE = 240  # pixels, side of an image there
 LARGE = 1024  # pixels; images with a longer side are predicted in windows of that side, to fit into memory
 
 
-def name_images(paths, below):
-    """Return {name of the mask, without .png: image}. The name holds the suffix if two images differ only in theirs."""
-    names = {path: path.relative_to(below).with_suffix("").as_posix() for path in paths}
-    twice = Counter(names.values())
-    return {path.relative_to(below).as_posix() if twice[name] > 1 else name: path for path, name in names.items()}
+def find_images(args):
+    """Return {name of its mask, without .png: image}, and a sentence on files that are no images. Raises InputError."""
+    folder = Path(args.images)
+    if folder.is_file():
+        others, paths = left_out([folder]), {folder.stem: folder}
+    else:
+        others, paths = left_out(walk(folder)), files(folder)
+    if not paths or (others and folder.is_file()):
+        raise InputError(f"--images {folder} has no image; expected one, or a folder of images; {others or 'add some'}")
+    if args.masks.is_relative_to(folder.resolve()):
+        raise InputError(f"--masks {args.masks} lies in --images {folder}, among what is predicted; use another folder")
+    return paths, others
 
 
 def load(pair):
-    """Return (id, path, image (1,4,H,W) uint8 with alpha, or the sentence that says why it cannot be read)."""
+    """Return (id, path, image (1,4,H,W) uint8 with alpha, or the InputError that says why it cannot be read)."""
     try:
         return *pair, VF.pil_to_tensor(open_image(pair[1], "RGBA"))[None]
     except InputError as error:
-        return *pair, str(error)
+        return *pair, error
 
 
 def parse_args(argv=None):
@@ -59,7 +65,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("checkpoint", help="last.pth or best.pth of a run")
     add("--images", required=True, metavar="DIR", help="folder of images, nested or not, or one image")
-    add("--masks", required=True, metavar="OUT", help="folder for the masks, outside of DIR")
+    add("--masks", required=True, type=Path, metavar="OUT", help="folder for the masks, outside of DIR")
     add("--pseudo-labels", action="store_true", help="255 where the run's method gives no label")
     add("--threshold", type=float, help="of --pseudo-labels; default: the run's, or the alpha0-quantile of each image")
     add("--confidence", action="store_true", help="also write the margin as gray images")
@@ -72,21 +78,12 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
     args = parser.parse_args(argv)
+    args.masks = args.masks.resolve()
     if args.threshold is not None and not args.pseudo_labels:
         parser.error("--threshold says which pixels get a pseudo-label; expected --pseudo-labels beside it")
     if args.refine and args.pseudo_labels:
         parser.error("--pseudo-labels refines as the run did; expected it without --refine")
     return args
-
-
-def extra_files(out, id, args):
-    """Return {kind: file} of what is written for an image beside its mask."""
-    kinds = {"overlays": "png"}
-    if args.confidence:
-        kinds["confidence"] = "png"
-    if args.probabilities:
-        kinds["probabilities"] = "npz"
-    return {kind: out.with_name(f"{out.name}-{kind}") / f"{id}.{end}" for kind, end in kinds.items()}
 
 
 def probabilities(network, image, args, run, refinement):
@@ -110,94 +107,85 @@ def labels(prob, args, run, options):
     return pseudo.label[0].to("cpu", torch.uint8)
 
 
-def save(prob, label, image, path, files, classes):
+def beside(out, kind, name):
+    """Return the file of a kind beside the masks; make its folder."""
+    path = out.with_name(f"{out.name}-{kind}") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def save(prob, label, image, id, classes, args):
     """Write everything that belongs to an image (3,H,W); the mask last, because it says that this image is done."""
-    for kind, file in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "probabilities":
-            np.savez_compressed(file, prob=prob[0].half().cpu().numpy(), classes=classes)
-        elif kind == "confidence":
-            VF.to_pil_image((255 * confidence(prob)).round().to("cpu", torch.uint8)).save(file)
-        else:
-            VF.to_pil_image(overlay(image, label, dim=1, opacity=0.5)).save(file)
-    save_mask(label, path)
+    if args.probabilities:
+        file = beside(args.masks, "probabilities", f"{id}.npz")
+        np.savez_compressed(file, prob=prob[0].half().cpu().numpy(), classes=classes)
+    if args.confidence:
+        margin = (255 * confidence(prob)).round().to("cpu", torch.uint8)
+        VF.to_pil_image(margin).save(beside(args.masks, "confidence", f"{id}.png"))
+    VF.to_pil_image(overlay(image, label, dim=1, opacity=0.5)).save(beside(args.masks, "overlays", f"{id}.png"))
+    save_mask(label, args.masks / f"{id}.png")
 
 
-def write_sheet(out, paths, args):
-    """Write up to SHEET images, evenly spaced, beside their overlays, to OUT-sheet.png. Return the file, or None if
-    there are none."""
-    files = {path: extra_files(out, id, args)["overlays"] for id, path in paths.items()}
-    pairs = [(path, file) for path, file in files.items() if file.exists()]
-    if not pairs:
-        return None
+def write_sheet(out, paths):
+    """Write up to SHEET images, evenly spaced, beside their overlays, to OUT-sheet.png."""
+    pairs = [(path, beside(out, "overlays", f"{id}.png")) for id, path in paths.items()]
+    pairs = [pair for pair in pairs if pair[1].exists()]
     count, tiles = min(SHEET, len(pairs)), []
-    for pair in (pairs[i * len(pairs) // count] for i in range(count)):
-        for path in pair:
+    for place in range(count):
+        for path in pairs[place * len(pairs) // count]:
             tile = ImageOps.pad(open_image(path, "RGB"), (TILE, TILE), color="white")
             tiles.append(VF.pil_to_tensor(tile))
-    sheet = out.with_name(f"{out.name}-sheet.png")
-    part = sheet.with_name(f"{sheet.name}.tmp")
-    VF.to_pil_image(make_grid(tiles, nrow=6, pad_value=255)).save(part, "PNG")
-    os.replace(part, sheet)
-    return sheet
+    if tiles:
+        sheet = out.with_name(f"{out.name}-sheet.png")
+        VF.to_pil_image(make_grid(tiles, nrow=6, pad_value=255)).save(sheet)
+        print(f"look at {sheet}: images beside their masks")
+
+
+def write_masks(missing, checkpoint, device, args):
+    """Write the masks of [(id, path)] and what belongs to them. Return how many have failed; each is named."""
+    run, prior, failed = checkpoint["args"], checkpoint.get("prior"), 0
+    network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
+    refinement = refinement_options(run, prior) if args.refine else None
+    loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=args.workers)
+    for done, (id, path, image) in enumerate(loader, 1):
+        try:
+            if isinstance(image, InputError):
+                raise image
+            prob = probabilities(network, image[:, :3].to(device), args, run, refinement)
+            label = labels(prob, args, run, label_options(run, prior)).masked_fill(image[0, 3] == 0, IGNORE)
+            save(prob, label, image[0, :3], id, checkpoint["classes"], args)
+        except (InputError, OSError, MemoryError, RuntimeError) as error:  # a full disk, no memory for its size
+            print(f"{path} has no mask: {last_line(error)}", file=sys.stderr)
+            failed += 1
+        if done % 100 == 0 and rank_and_world()[0] == 0:
+            print(f"{done} of {len(missing)} images", flush=True)
+    return failed
 
 
 @torch.no_grad()
 def main(args):
     """Write the masks that are not there yet. Raises InputError for unreadable images, after all others are done."""
-    folder, out = Path(args.images), Path(args.masks).resolve()
-    found = [folder] if folder.is_file() else list(walk(folder))
-    others = left_out(found)
-    images = [path for path in found if suffix(path) in READABLE]
-    if not images:
-        raise InputError(f"--images {folder} has no image; expected one, or a folder of images; {others or 'add some'}")
-    if out.is_relative_to(folder.resolve()):
-        raise InputError(f"--masks {args.masks} lies in --images {folder}, among what is predicted; use another folder")
-    paths = name_images(images, folder.parent if folder.is_file() else folder)
+    paths, others = find_images(args)
     checkpoint = load_checkpoint(args.checkpoint)
-    run, prior, classes = checkpoint["args"], checkpoint.get("prior"), checkpoint["classes"]
     device = start_processes(args.device)
     rank, world = rank_and_world()
-    network = load_network(checkpoint).to(device, memory_format=torch.channels_last)
-    refinement = refinement_options(run, prior) if args.refine else None
-    options = label_options(run, prior)
-
     mine = list(paths.items())[rank::world]
-    missing = [(id, path) for id, path in mine if not os.path.exists(out / f"{id}.png")]
-    kept = [id for id, _ in mine if os.path.exists(out / f"{id}.png")]
-    lacking = sum(not file.exists() for id in kept for file in extra_files(out, id, args).values())
-    failed = 0
-    loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=args.workers)
-    for done, (id, path, image) in enumerate(loader, 1):
-        problem = image if isinstance(image, str) else ""
-        try:
-            if not problem:
-                prob = probabilities(network, image[:, :3].to(device), args, run, refinement)
-                label = labels(prob, args, run, options).masked_fill(image[0, 3] == 0, IGNORE)
-                save(prob, label, image[0, :3], out / f"{id}.png", extra_files(out, id, args), classes)
-        except (OSError, MemoryError, RuntimeError) as error:  # a name too long, a full disk, no memory for its size
-            problem = f"{path} has no mask: {last_line(error)}"
-        if problem:
-            print(problem, file=sys.stderr)
-            failed += 1
-        if rank == 0 and done % 100 == 0:
-            print(f"{done} of {len(missing)} images", flush=True)
-
-    counts = torch.tensor([len(missing) - failed, len(kept), lacking, failed], device=device)
-    written, kept, lacking, failed = all_reduce(counts).tolist()
+    missing = [(id, path) for id, path in mine if not os.path.exists(args.masks / f"{id}.png")]
+    failed = write_masks(missing, checkpoint, device, args)
+    counts = torch.tensor([len(missing) - failed, len(mine) - len(missing), failed], device=device)
+    written, kept, failed = all_reduce(counts).tolist()
     if rank != 0:
         return
     if others:
         print(others)
     if kept:
-        print(f"{kept} masks were in {args.masks} already and are kept, whatever checkpoint and options made them")
-    if lacking:
-        print(f"{lacking} files beside them, such as of --confidence, are not written; use another --masks to have all")
-    names = ", ".join(f"{index} {name}" for index, name in enumerate(classes))
+        print(
+            f"{kept} masks were in {args.masks} already and are kept, whatever checkpoint and options made them; files "
+            "beside them, such as of --confidence, are not written; use another --masks to have all"
+        )
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(checkpoint["classes"]))
     print(f"{written} masks written to {args.masks}: {names}, 255 no label")
-    sheet = write_sheet(out, paths, args)
-    if sheet:
-        print(f"look at {sheet}: images beside their masks")
+    write_sheet(args.masks, paths)
     if failed:
         raise InputError(f"{failed} images have no mask, for the reasons named above")
 
