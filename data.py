@@ -375,7 +375,6 @@ def labeled_ids(name, items, labeled, lists):
 # reading and writing
 
 
-SUBFILE, BITS = 254, 258  # tags of TIFF
 SIXTEEN_BITS = re.compile(r";16[BLN]|'RGB', \d{4,}")  # in the arguments of Pillow's decoders
 
 warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow, not the picture
@@ -390,8 +389,8 @@ def count_pages(image):
     size, pages = image.size, 0
     for number in range(getattr(image, "n_frames", 1)):
         image.seek(number)
-        kind = image.tag_v2.get(SUBFILE, 0) if image.format == "TIFF" else 0
-        pages += image.size == size and kind & 5 == 0  # 1: overview, 4: mask
+        subfile = image.tag_v2.get(254, 0) if image.format == "TIFF" else 0  # 1: overview, 4: mask
+        pages += image.size == size and subfile & 5 == 0
     image.seek(0)
     return pages
 
@@ -401,18 +400,15 @@ def what_is_lost(image, mode):
     pages = count_pages(image)
     if pages > 1:
         return f"holds {pages} pages; expected one; write each page to a file of its own"
-    bits = max(image.tag_v2.get(BITS, (8,))) if image.format == "TIFF" else 8
-    deep = bits > 8 or SIXTEEN_BITS.search(str(image.tile))
+    bits_of_tiff = max(image.tag_v2.get(258, (8,))) if image.format == "TIFF" else 8
+    deep = bits_of_tiff > 8 or SIXTEEN_BITS.search(str(image.tile))
     if image.mode[0] in "IF":  # gray; the values of a mask are kept
         deep = mode != "L"
     return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255" if deep else ""
 
 
 def open_image(path, mode):
-    """Return a file's pixels: an upright image ("RGB", "RGBA"), or a mask's values as they are stored ("L").
-
-    Raises InputError for a file that Pillow cannot read, or cannot read without loss.
-    """
+    """Return an upright image ("RGB", "RGBA"), or a mask's values as stored ("L"). Raises InputError, also for loss."""
     try:
         with Image.open(path) as image:
             lost = what_is_lost(image, mode)

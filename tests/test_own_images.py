@@ -102,8 +102,6 @@ OTHER_MASKS = {  # a change of masks, a suffix, the name of each value or color,
     "two values": (lambda m, _: m > 0, ".png", {"0": "soil", "1": "weed"}, "soil weed weed"),
     "16 bits": (lambda m, _: m.astype(np.uint16) * 300, ".png",
                 {"0": "weed", "300": "wheat", "600": "soil"}, "weed wheat soil"),
-    "32 bits": (lambda m, _: np.array([-9999, 70000, 5], np.int32)[m], ".tif",
-                {"-9999": "ignore", "70000": "soil", "5": "weed"}, "ignore soil weed"),
     "float": (lambda m, i: np.array([NODATA[i % 3], 0.25, 7], np.float32)[m], ".tif",
               {"nan": "ignore", "inf": "ignore", "-inf": "ignore", "0.25": "weed", "7": "soil"}, "ignore weed soil"),
     "colors": (lambda m, _: palette()[m], ".png", BY_COLOR, "soil wheat weed"),
@@ -111,8 +109,8 @@ OTHER_MASKS = {  # a change of masks, a suffix, the name of each value or color,
                     {"0,0,0,0": "ignore", "0,0,0": "weed", "255,255,255": "soil"}, "ignore weed soil"),
     "palettes that differ": (lambda m, i: Image.fromarray(palette()[m]).quantize(3).remap_palette(
         np.roll([0, 1, 2], i).tolist()), ".png", BY_COLOR, "soil wheat weed"),  # an index has several colors
-    "grays in a table of colors": (lambda m, i: Image.fromarray(palette()[m] if i else palette()[m * 0]).convert(
-        "RGB" if i else "L"), ".png", {"0": "soil", **BY_COLOR}, "soil wheat weed"),
+    "values beside colors": (lambda m, i: palette()[m] if i else m, ".png",
+                             {"0": "soil", "1": "wheat", "2": "weed", **BY_COLOR}, "soil wheat weed"),
     "indices in TIFF": (lambda m, _: m, ".tif", {"0": "soil", "1": "wheat", "2": "weed"}, "soil wheat weed"),
 }  # fmt: skip
 
@@ -122,8 +120,6 @@ def test_other_masks_are_shown_without_a_guess_and_converted_as_the_person_says(
     change, suffix, names, expected = OTHER_MASKS[kind]
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
     before = masks_of(root)
-    if kind.startswith("grays in"):
-        before["photo 0"] *= 0
     (root / "classes.txt").write_text("\n".join(CLASSES))
     change_masks(root, change, suffix)
     files = contents(root)

@@ -265,7 +265,8 @@ def give_tables(masks, names, table):
         if mask.is_ours and names and set(mask.codes) <= set(indices):
             mask = mask._replace(table=indices, stays=True)
         elif by_color and mask.colors and not mask.is_ours:
-            mask = mask._replace(table=table, codes=mask.colors, is_index_file=False)
+            kind = f"{mask.kind}, a palette that is read as colors"
+            mask = mask._replace(table=table, codes=mask.colors, is_index_file=False, kind=kind)
         else:
             mask = mask._replace(table=table)
         given.append(mask)
@@ -326,13 +327,14 @@ def accept_indices(root, masks, names):
     masks = give_tables(masks, names, {})
     problem = problem_with(masks, known)
     if not problem:
-        return known, [mask._replace(table=index_table(known)) for mask in masks]
-    rows = tally([mask for mask in masks if not mask.stays])
-    show(tally([mask for mask in masks if mask.stays]) + rows[:SHOWN], names, sys.stderr)
+        return known, [mask._replace(table=index_table(known), stays=True) for mask in masks]
+    rows = tally(masks)
+    show(rows[:SHOWN], names, sys.stderr)
     if len(rows) > SHOWN:
         print(f"{len(rows)} in all; of JPEG and soft edges list the true ones, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
-        print(f"?,{row.code}", flush=True)
+        if row.label == NO_CLASS:
+            print(f"?,{row.code}", flush=True)
     raise InputError(
         f"{problem}; expected class indices 0, 1, 2, ... and 255 (classes.txt: {', '.join(names) or 'none'}); correct "
         "the masks, or save the lines above as classes.csv, with a class or ignore for each ?, then: "
@@ -395,7 +397,9 @@ def choose_validation(root, looks, masks, listed):
 
 
 def remarks_on_masks(masks, rows, names):
-    """Yield sentences on what may be wrong with the masks."""
+    """Yield sentences on what is done with the masks, and on what may be wrong with them."""
+    stay = sum(mask.stays for mask in masks)
+    yield f"{len(masks) - stay} masks to convert; {stay} are class indices already and stay"
     total = sum(row.pixels for row in rows)
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
     yield f"255 is {ignored / total:.1%} of the pixels of the masks"
@@ -477,33 +481,35 @@ def shrink(root, side):
     target = place.with_name(f"{place.name}-{side}")
     if target.exists():
         raise InputError(f"{target} is there already; expected a new folder; move it away first")
-    for item in data.labeled + data.unlabeled + data.val:
-        try:
+
+    def copy(item):
+        with suppress(InputError):  # what is broken was named before
             image, mask = read(item, data)
-        except InputError:
-            continue  # it was named before
-        image.thumbnail((side, side))
-        name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(target / f"{name}.jpg", quality=95)
-        if item.mask:
-            small = mask.resize(image.size, Image.Resampling.NEAREST)
-            save_mask(small, target / f"{name.replace('images', 'masks', 1)}.png")
-    for file in root.glob("*.txt"):  # the lists
+            image.thumbnail((side, side))
+            name = str(item.image.relative_to(root).with_suffix(""))  # images/..., or val/images/...
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(target / f"{name}.jpg", quality=95)
+            if item.mask:
+                small = mask.resize(image.size, Image.Resampling.NEAREST)
+                save_mask(small, target / f"{name.replace('images', 'masks', 1)}.png")
+
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        list(pool.map(copy, data.labeled + data.unlabeled + data.val))
+    for file in root.glob("*.txt"):  # the lists, which say that the folder is complete
         shutil.copy(file, target)
     return target
 
 
 def write(root, masks, names, val, args):
-    """Convert the masks if asked to, and write the lists and smaller copies. Return the folder to train on."""
-    changes = {mask.path: mask for mask in masks if args.colors and not mask.stays}
+    """Write the lists, the converted masks and smaller copies. Return the folder to train on."""
+    changes = {mask.path: mask for mask in masks if not mask.stays}
     try:
-        for place in (root, root / "val"):
-            convert(place, changes)
         if not (root / "classes.txt").is_file():
             (root / "classes.txt").write_text("\n".join(names) + "\n", "utf-8")
         if not (root / "val").is_dir() and (args.val or not (root / "val.txt").is_file()):
             (root / "val.txt").write_text("\n".join(val) + "\n", "utf-8")
+        for place in (root, root / "val"):
+            convert(place, changes)
         return shrink(root, args.shrink) if args.shrink else root
     except OSError as error:
         raise InputError(
@@ -530,8 +536,8 @@ def main(args):
     if (root / "val").is_dir():
         pairs |= list_pairs(root / "val", "val/")
     looks = look_at_all(pairs)
-    masks, near = [seen.mask for seen in looks.values() if seen.mask], {}
-    names = read_names(root / "classes.txt")
+    masks = [seen.mask for seen in looks.values() if seen.mask]
+    names, near = read_names(root / "classes.txt"), {}
     if args.colors:
         names, masks, near = apply_table(masks, names, args.colors, args.nearest)
     else:
@@ -541,9 +547,6 @@ def main(args):
     print(f"{len(looks)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
     rows = tally(masks, near)
     show(rows, names, sys.stdout)
-    if args.colors:
-        stay = sum(mask.stays for mask in masks)
-        print(f"- {len(masks) - stay} masks to convert; {stay} are class indices already and stay")
     for remark in (*remarks_on_masks(masks, rows, names), *remarks_on_folder(root, looks)):
         print(f"- {remark}")
     place = write(root, masks, names, val, args)
