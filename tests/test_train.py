@@ -563,7 +563,7 @@ def lengths(options, labeled, unlabeled, world=1, device="cuda"):
     ("--dataset pascal --framework supervised", (366, 0), (122, 9760, 122, 976)),  # epochs over the labeled images
     ("--dataset pascal --framework supervised --epochs 3", (10, 0), (4, T.MIN_SUPERVISED_STEPS, 4, 100)),
     ("--dataset folder --epochs 7 --warmup-epochs 2", (10, 33), (5, 35, 10, 4)),
-    ("--dataset folder --epochs 7", (10, 33), (5, 35, 4, 4)),  # a tenth
+    ("--dataset folder --epochs 7", (10, 33), (5, 35, 7, 4)),  # a fifth
     ("--dataset shapes", (24, 376), (94, 1500, 300, 150)),  # a fifth
     ("--dataset shapes --iters 100", (24, 376), (94, 100, 20, 10)),
 ])  # fmt: skip
@@ -595,10 +595,11 @@ def test_presets_are_appendix_d_s_and_the_command_line_beats_them():
     assert paper.items() <= vars(resolved("--dataset cityscapes")).items()
     args = resolved("--dataset pascal --crop 321 --iters 100 --warmup-iters 5 --lr 0.5")
     assert (args.crop, args.epochs, args.warmup_epochs, args.lr, args.head_lr) == (321, None, None, 0.5, 0.01)
-    ours = dict(framework="fixmatch", unsup_norm="valid", floor=0.95, iters=3000, crop=128, backbone="mobilenet_v2")
+    ours = dict(framework="fixmatch", unsup_norm="valid", floor=0.95, iters=1000, crop=192, backbone="mobilenet_v2")
+    ours |= dict(lr=2e-4, head_lr=1e-3, lr_warmup=0.1, warmup_share=0.2, batch_size=8)
     assert ours.items() <= vars(resolved("--dataset folder", "cpu")).items()
     ours |= dict(framework="unimatch", iters=6000, crop=321, backbone="resnet50")
-    assert ours.items() <= vars(resolved("--dataset camvid", "cuda")).items()
+    assert ours.items() <= vars(resolved("--dataset folder", "cuda")).items()
     assert resolved("--dataset camvid --confidence entropy").floor == 0
     args = resolved("--dataset pascal --backbone dinov2_vitb14 --weight-decay 0")
     assert (args.optimizer, args.lr, args.head_lr, args.weight_decay) == ("adamw", 5e-6, 2e-4, 0)
