@@ -49,7 +49,7 @@ ENCODERS = {
     "resnet18": Encoder("layer1", 64, "layer4", 512),
     "resnet50": Encoder("layer1", 256, "layer4", 2048),
     "resnet101": Encoder("layer1", 256, "layer4", 2048),
-    "dinov2_vits14": Encoder("encoder_layer_2", 384, "encoder_layer_11", 384),  # the blocks of [UniMatch V2]
+    "dinov2_vits14": Encoder("encoder_layer_2", 384, "encoder_layer_11", 384),  # [UniMatch V2] feeds four blocks
     "dinov2_vitb14": Encoder("encoder_layer_2", 768, "encoder_layer_11", 768),
 }
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride; Chen et al., 2018b
