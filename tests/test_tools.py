@@ -210,7 +210,7 @@ def test_outputs_come_from_the_checkpoint_alone_for_a_folder_one_image_and_a_sma
         }  # fmt: skip
         assert all(np.array_equal(pixels(tmp_path / kind / f"{id}.png"), array) for kind, array in expected.items())
         assert mask.mode == "P" and mask.getpalette()[:9] == palette()[:3].ravel().tolist()
-        assert 0.01 < (own == 255).mean() <= 0.42
+        assert 0.01 < (own == 255).mean() <= 0.45  # the 40% quantile, and ties
         with np.load(tmp_path / "out-probabilities" / f"{id}.npz") as said:
             assert said["prob"].dtype == np.float16 and said["classes"].tolist() == saved["classes"]
             np.testing.assert_array_equal(said["prob"], prob[0].half())
