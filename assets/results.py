@@ -176,8 +176,8 @@ def sections(settings):
     commits = ", ".join(sorted({(lines[0].get("commit") or "?")[:7] for lines in every}))
     about = (
         f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images,\n"
-        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only, {args['optimizer']}, learning "
-        f"rates {args['lr']} / {args['head_lr']}."
+        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only, {args['optimizer']}, "
+        f"learning rates {args['lr']} / {args['head_lr']}."
     )
     scores = {method: {key: measure(of[key], dataset) for key in of} for method, of in runs.items()}
     most = max(lists, key=lambda labeled: sum(key[0] == labeled for of in runs.values() for key in of))

@@ -82,7 +82,7 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
 
 
-@pytest.mark.parametrize("side, crop", [(20, 32), (127, 96), (300, 256)])
+@pytest.mark.parametrize("side, crop", [(20, 32), (127, 128), (300, 192)])
 def test_the_crop_comes_from_the_short_side_and_without_unlabeled_images_training_is_supervised(
     tmp_path, capsys, side, crop
 ):

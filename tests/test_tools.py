@@ -157,7 +157,7 @@ def run(tmp_path_factory):
     root = trees.folder(tmp_path / "data", images=6, annotated=6)
     options = "--dataset folder --labeled 2 --backbone resnet10 --weights none --crop 32 --batch-size 2 --iters 2"
     options += " --framework fixmatch --floor 0 --device cpu --warmup-iters 0 --workers 0 --log-every 1 --lr 0.01"
-    options += " --head-lr 0.01"
+    options += " --head-lr 0.01 --lr-warmup 0 --seed 2"
     with pytest.MonkeyPatch.context() as patch:  # pytest keeps its signal handlers
         patch.setattr(signal, "signal", lambda *_: None)
         T.main(T.parse_args([*options.split(), "--root", str(root), "--out", str(tmp_path / "run")]))
@@ -210,7 +210,7 @@ def test_outputs_come_from_the_checkpoint_alone_for_a_folder_one_image_and_a_sma
         }  # fmt: skip
         assert all(np.array_equal(pixels(tmp_path / kind / f"{id}.png"), array) for kind, array in expected.items())
         assert mask.mode == "P" and mask.getpalette()[:9] == palette()[:3].ravel().tolist()
-        assert 0.01 < (own == 255).mean() <= 0.45  # the 40% quantile, and ties
+        assert 0.01 < (own == 255).mean() <= 0.42
         with np.load(tmp_path / "out-probabilities" / f"{id}.npz") as said:
             assert said["prob"].dtype == np.float16 and said["classes"].tolist() == saved["classes"]
             np.testing.assert_array_equal(said["prob"], prob[0].half())

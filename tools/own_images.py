@@ -13,6 +13,7 @@ the classes, one per line. For other masks this prints lines for classes.csv. Wr
 """
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -439,7 +440,7 @@ def remarks_on_folder(root, looks):
 def train_command(root, looks):
     """Return the command that trains."""
     short_side = int(statistics.median(min(seen.size) for seen in looks.values()))
-    crop = min(256, max(32, short_side // 32 * 32))
+    crop = min(192, math.ceil(short_side / 32) * 32)  # 192: the preset was chosen with it
     words = ["python", "train.py", "--dataset", "folder", "--root", str(root), "--crop", str(crop)]
     if all(seen.mask for seen in looks.values()):
         words += ["--framework", "supervised"]
