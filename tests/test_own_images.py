@@ -76,7 +76,7 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     words = shlex.split(said.splitlines()[-1])
     assert words[:2] == ["python", "train.py"]
     args = T.parse_args(words[2:])
-    assert (args.dataset, args.root, args.crop, args.out) == ("folder", str(root), 32, "runs/my data")
+    assert (args.dataset, args.root, args.crop, args.out) == ("folder", str(root), 64, "runs/my data")
     data = open_dataset(args.dataset, args.root, "all")
     assert [item.id for item in data.labeled] == sorted({*useful, "photo 4"} - {*useful[4::5]})
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
