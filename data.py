@@ -574,7 +574,7 @@ def strong_views(weak, seed, step, view=0):
 
     All images of all processes take brightness, contrast, saturation and hue in the same random order, a function of
     (seed, step, view). Each image has its own `strong_parameters`, a function of (seed, its number, view). The
-    geometry stays, so labels of the weak views fit. view: 0 or 1, independent of each other.
+    geometry stays, so labels of the weak views fit. view: each number gives an independent view.
     """
     parameters = [strong_parameters(seed, number, view) for number in sample_numbers(step, len(weak))]
     table = torch.tensor(parameters, dtype=torch.float32)

@@ -204,12 +204,15 @@ def train(given, stop):
     student = build_student(args, len(data.classes), weights, device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = build_optimizer(args, student)
-    prior = class_prior(data, args.neighborhood).to(device) if args.prior else None
-    first, best = 0, -math.inf
+    first, best, prior = 0, -math.inf, None
     if checkpoint:
-        first, best = checkpoint["step"], checkpoint["best"]
+        first, best, prior = checkpoint["step"], checkpoint["best"], checkpoint["prior"]
         restore(checkpoint, args, student, teacher, optimizer)
-    board = open_run(args, data, first, device)
+    elif args.prior:
+        prior = class_prior(data, args.neighborhood)
+    if prior is not None:
+        prior = prior.to(device)
+    board = open_run(args, first, device)
     run = Run(args, Path(args.out), data, device, student, teacher, optimizer, prior, board)
 
     fast_student, fast_teacher, fast_labels = distribute_and_compile(args, device, student, teacher)
@@ -275,7 +278,7 @@ def train(given, stop):
 
         # --- log, evaluate, save
         done = step + 1
-        if not (is_logged(args, done) or (stop and rank_and_world()[1] == 1)):
+        if not (is_logged(args, done) or (stop and args.processes == 1)):
             continue
         record = train_record(run, done, done - logged, losses, time.monotonic() - logged_at)
         if unlabeled:
@@ -300,7 +303,7 @@ def train(given, stop):
         losses.zero_()
 
     # --- the end
-    last = Path(args.out) / "last.pth"
+    last = run.out / "last.pth"
     say(table(scores) if first < args.iters else f"nothing to do: {last} is at step {first} of {args.iters}")
     say(f"score it again with: python evaluate.py {shlex.quote(str(last))}")
 
@@ -411,7 +414,10 @@ def find_checkpoint(args, data, device):
         return None
     checkpoint = load_checkpoint(last)
     saved, now = checkpoint["args"], vars(args)
-    defaults = vars(fill_presets(parse_args(["--dataset", args.dataset]), device))
+    words = ["--dataset", args.dataset, "--framework", args.framework, "--backbone", args.backbone]
+    if not args.s4mc:
+        words.append("--no-s4mc")
+    defaults = vars(fill_presets(parse_args(words), device))
     changes = []
     for name in sorted(now.keys() - FREE_AT_RESUME):
         before = saved.get(name, defaults.get(name))
@@ -488,7 +494,7 @@ def say(line, file=None):
         print(line, file=file or sys.stdout, flush=True)
 
 
-def open_run(args, data, first, device):
+def open_run(args, first, device):
     """Make --out with args.json and metrics.jsonl, say what the run is, and return TensorBoard's writer or None."""
     if rank_and_world()[0] != 0:
         return None

@@ -27,10 +27,10 @@ METHODS = {  # in the order of the tables: title, options of train.py; methods t
     "variant": ("S4MC, two views, `--unsup-norm valid --floor 0.95` [ours]", f"{VARIANT} 0.95"),
     "floor-0.9": ("the same with a floor of 0.9", f"{VARIANT} 0.9"),
     "floor-0.97": ("the same with a floor of 0.97", f"{VARIANT} 0.97"),
-    "one-stream": ("one view, floor 0.95", "--unsup-norm valid --floor 0.95"),
+    "one-stream": ("S4MC, one view, floor 0.95", "--unsup-norm valid --floor 0.95"),
     "fixmatch-fine": ("FixMatch, unlabeled: the rest of 1,464", "--no-s4mc"),
     "fixmatch-long": ("FixMatch, 3,000 steps", "--no-s4mc --iters 3000"),
-    "one-stream-long": ("one view, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
+    "one-stream-long": ("S4MC, one view, floor 0.95, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
     "rival-fixmatch": ("UniMatch's own fixmatch.py loop", None),
     "rival-unimatch": ("UniMatch's own unimatch.py loop", None),
 }
