@@ -348,6 +348,8 @@ def labeled_ids(name, items, labeled, lists):
     known = [item.id for item in items]
     annotated = [item.id for item in items if item.mask]
     published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
+    if not annotated:
+        raise InputError(f"no training image of {name} has a mask; expected some; docs/faq.md says where masks belong")
     if labeled == "all":
         return set(annotated)
     is_number = str(labeled).isdecimal()

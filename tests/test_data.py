@@ -136,6 +136,9 @@ def test_bad_partitions_roots_and_lists_get_one_sentence(tmp_path):
     (root / "trainannot" / "train0.png").unlink()
     says = "1 of 1 labeled images of camvid have no mask under .*, first train0"
     refused(says, open_dataset, "camvid", root, ["train0"])
+    for mask in (root / "trainannot").iterdir():
+        mask.unlink()
+    refused("no training image of camvid has a mask; expected some; docs/faq.md", open_dataset, "camvid", root, 2)
 
 
 def test_a_folder_has_labeled_unlabeled_and_validation_images_in_val_or_val_txt_and_names_of_its_classes(tmp_path):
