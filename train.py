@@ -200,18 +200,17 @@ def train(given, stop):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    weights = "none" if checkpoint else args.weights
-    student = build_student(args, len(data.classes), weights, device)
+    student = build_student(args, len(data.classes), "none" if checkpoint else args.weights, device)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = build_optimizer(args, student)
-    first, best, prior = 0, -math.inf, None
-    if checkpoint:
-        first, best, prior = checkpoint["step"], checkpoint["best"], checkpoint["prior"]
-        restore(checkpoint, args, student, teacher, optimizer)
-    elif args.prior:
-        prior = class_prior(data, args.neighborhood)
-    if prior is not None:
+    prior = None
+    if args.prior:
+        prior = checkpoint["prior"] if checkpoint else class_prior(data, args.neighborhood)
         prior = prior.to(device)
+    first, best = 0, -math.inf
+    if checkpoint:
+        first, best = checkpoint["step"], checkpoint["best"]
+        restore(checkpoint, args, student, teacher, optimizer)
     board = open_run(args, first, device)
     run = Run(args, Path(args.out), data, device, student, teacher, optimizer, prior, board)
 
