@@ -213,7 +213,6 @@ def train(given, stop):
         restore(checkpoint, args, student, teacher, optimizer)
     board = open_run(args, first, device)
     run = Run(args, Path(args.out), data, device, student, teacher, optimizer, prior, board)
-
     fast_student, fast_teacher, fast_labels = distribute_and_compile(args, device, student, teacher)
     label_settings = label_options(vars(args), prior)
     averaged = float_tensors(teacher), float_tensors(student)
