@@ -319,6 +319,8 @@ def all_reduce(tensor, operation=dist.ReduceOp.SUM):
 def average_statistics(network):
     """Turn BatchNorm's running statistics into their mean over the processes."""
     _, world = rank_and_world()
+    if world == 1:
+        return
     for statistic in network.buffers():
         if statistic.is_floating_point():
             all_reduce(statistic)
