@@ -537,15 +537,18 @@ def strong_parameters(seed, number, view=0):
 
 
 def adjust_brightness(x, factor):
+    """Multiply images (B,3,H,W) in 0..255 by factors (B,1,1,1)."""
     return (x * factor).clamp(0, 255)
 
 
 def adjust_contrast(x, factor):
+    """Move every pixel away from (factor above 1) or towards its image's mean gray."""
     mean = VF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
     return torch.lerp(mean, x, factor).clamp(0, 255)
 
 
 def adjust_saturation(x, factor):
+    """Move every pixel away from (factor above 1) or towards its own gray."""
     return torch.lerp(VF.rgb_to_grayscale(x), x, factor).clamp(0, 255)
 
 

@@ -19,11 +19,13 @@ CLASSES = (  # texture and form
 
 
 def triangle(u, v, radius):
+    """Return the signed distance from a triangle with equal sides."""
     sides = [u * np.cos(angle) + v * np.sin(angle) for angle in np.pi * np.array([1 / 2, 7 / 6, 11 / 6])]
     return np.maximum.reduce(sides) - 0.6 * radius
 
 
 def speckled(u, v, period, rng):
+    """Return random squares, half of them True."""
     row, column = (np.floor(2 * w / period).astype(int) for w in (u, v))
     return rng.random((200, 200))[row, column] < 0.5
 
