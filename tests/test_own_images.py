@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trees
 from PIL import Image, ImageFilter
 
@@ -82,10 +83,12 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     assert [item.id for item in data.unlabeled] == [f"photo {i}" for i in (11, 12, 13)]
 
 
-@pytest.mark.parametrize("side, crop", [(20, 32), (127, 128), (300, 192)])
+@pytest.mark.parametrize("gpu, side, crop", [(False, 20, 32), (False, 127, 128), (False, 300, 192), (True, 300, 320),
+                                             (True, 400, 321)])  # fmt: skip
 def test_the_crop_comes_from_the_short_side_and_without_unlabeled_images_training_is_supervised(
-    tmp_path, capsys, side, crop
+    tmp_path, capsys, monkeypatch, gpu, side, crop
 ):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     call(root := mine(tmp_path / "mine", images=2, annotated=2, size=(400, side)))
     options = f"--crop {crop} --framework supervised --out runs/mine"
     assert capsys.readouterr().out.splitlines()[-1] == f"python train.py --dataset folder --root {root} {options}"
