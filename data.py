@@ -4,7 +4,7 @@
     loader = training_loader(data, steps=range(0, 1000), ...)     # one batch of labeled and unlabeled views per step
 
 Samples and views are pure functions of the seed and the number of the sample. So neither the number of workers nor a
-resumed run changes anything. Images are uint8 until `normalize` on the device.
+resumed run changes anything. Loaders give uint8 images. `normalize` makes them float on the device.
 
 255 has three meanings, and no loss sees any of them. In a mask: not annotated. In a pseudo-label: not sure enough. In
 a padded view: outside the image.
@@ -96,7 +96,7 @@ def suffix(path):
 
 def files(folder, suffixes=READABLE):
     """{path below the folder, without suffix and in Unicode's composed form: path} of `walk`'s files with one of the
-    suffixes. Raises InputError where two files have one id, or a name is not UTF-8."""
+    suffixes. Raises InputError if two files have one id, or a name is not UTF-8."""
     found = {}
     for path in walk(folder):
         if suffix(path) in suffixes:
@@ -110,7 +110,7 @@ def files(folder, suffixes=READABLE):
 
 
 def find_root(root, names, folders):
-    """`root`, or the first of `root/name`, that holds the folders. Raises InputError where none does."""
+    """`root`, or the first of `root/name`, that holds the folders. Raises InputError if none does."""
     for place in (Path(root), *(Path(root) / name for name in names)):
         if all((place / folder).is_dir() for folder in folders):
             return place
@@ -119,7 +119,7 @@ def find_root(root, names, folders):
 
 
 def read_text(file):
-    """A text file in UTF-8, UTF-16 or, where it is neither, Latin-1."""
+    """Return the text of a file in UTF-8 or UTF-16, or Latin-1 if it is neither."""
     written = Path(file).read_bytes()
     if written[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return written.decode("utf-16", "replace")
@@ -132,7 +132,7 @@ def read_text(file):
 def image_id(line):
     r"""Return the id in a line such as "p1.jpg", "images/p1.jpg masks/p1.png" or "images\p1.jpg", else the line."""
     line = line.strip()
-    pattern = r"(?!.*val/images/)(?:\S*images/|\./)?(.+?)(\.\w+)(?=[\s,;]|$)"  # images of val/ have ids of their own
+    pattern = r"(?!.*val/images/)(?:\S*images/|\./)?(.+?)(\.\w+)(?=[\s,;]|$)"  # ids of val/ keep their folder
     found = re.match(pattern, line.replace("\\", "/"), re.IGNORECASE)
     return found[1] if found and found[2].lower() in READABLE else line
 
@@ -147,7 +147,7 @@ def id_list(file, known=()):
         name = next((name for name in (line, image_id(line)) if name in spelled), line.strip())
         ids.append(spelled.get(name, name))
     if not ids:
-        raise InputError(f"the list {file} is not there, or empty; expected one image id per line")
+        raise InputError(f"the list {file} does not exist or is empty; expected one image id per line")
     return ids
 
 
@@ -178,7 +178,7 @@ def list_pairs(folder, prefix, command):
     images, masks = files(folder / "images"), files(folder / "masks")
     for mask in masks.values():
         if suffix(mask) != ".png":
-            raise InputError(f"mask {mask} is no PNG file of class indices; {command} says how to convert it")
+            raise InputError(f"mask {mask} is not a PNG file of class indices; {command} says how to convert it")
     return {id: Item(prefix + id, path, masks.get(id)) for id, path in images.items()}
 
 
@@ -279,7 +279,7 @@ class Data(NamedTuple):
     scales: tuple
     values: dict  # see Spec
     labeled: list  # of Item
-    unlabeled: list  # their masks, if any, serve only for numbers in the log
+    unlabeled: list  # their masks, if any, are used only for numbers in the log
     val: list
     test: list  # empty if the dataset has none
 
@@ -316,7 +316,7 @@ def open_dataset(name, root, labeled, splits=None, use=("labeled", "unlabeled", 
 
 
 def read_classes(file):
-    """Return the class names of a folder's classes.txt. Raises InputError for a name that occurs twice, or too many."""
+    """Return the class names of a folder's classes.txt. Raises InputError for a repeated name or too many."""
     names = tuple(id_list(file))
     for name in names:
         if names.count(name) > 1:
@@ -344,7 +344,7 @@ def check_files(data, part, root):
 
 
 def labeled_ids(name, items, labeled, lists):
-    """Return the set of ids that --labeled means; see `open_dataset`."""
+    """Return the set of ids that --labeled selects; see `open_dataset`."""
     known = [item.id for item in items]
     annotated = [item.id for item in items if item.mask]
     published = sorted(int(path.stem) for path in lists.glob("*.txt") if path.stem.isdecimal())
@@ -362,7 +362,7 @@ def labeled_ids(name, items, labeled, lists):
         raise InputError(f"{name} has no list of {labeled} labeled images; expected one of {published}, or a file")
     if not is_number and not Path(labeled).is_file():
         numbers = f"a number of {published}" if published else "a number"
-        raise InputError(f"--labeled {labeled} is no file; expected {numbers}, all, or a file; see splits/README.md")
+        raise InputError(f"--labeled {labeled} is not a file; expected {numbers}, all, or a file; see splits/README.md")
     chosen = set(id_list(lists / f"{labeled}.txt" if is_number else labeled, known))
     unknown = sorted(chosen - set(known))
     if unknown:
@@ -385,7 +385,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a large commen
 
 
 def count_pages(image):
-    """Return the number of pages of an opened file. Overviews, masks, layers and MPO's second picture are none."""
+    """Return the number of pages of an opened file. Overviews, masks, layers and MPO's second one do not count."""
     if image.format in ("MPO", "PSD"):
         return 1
     size, pages = image.size, 0
@@ -399,19 +399,19 @@ def count_pages(image):
 
 
 def what_is_lost(image, mode):
-    """Return what Pillow would lose of an opened file without a word, and what to do about it; usually ""."""
+    """Return what Pillow would silently lose of an opened file, and what to do about it; usually ""."""
     pages = count_pages(image)
     if pages > 1:
-        return f"holds {pages} pages; expected one; write each page to a file of its own"
+        return f"holds {pages} pages; expected one; write each page to a separate file"
     bits_of_tiff = max(image.tag_v2.get(258, (8,))) if image.format == "TIFF" else 8
     deep = bits_of_tiff > 8 or SIXTEEN_BITS.search(str(image.tile))
     if image.mode[0] in "IF":  # gray; the values of a mask are kept
         deep = mode != "L"
-    return "has more than 8 bits per channel; expected 8; scale all files alike to 0..255" if deep else ""
+    return "has more than 8 bits per channel; expected 8; scale all files in the same way to 0..255" if deep else ""
 
 
 def open_image(path, mode):
-    """Return an upright image ("RGB", "RGBA"), or a mask's values as stored ("L"). Raises InputError, also for loss."""
+    """Return an upright image ("RGB", "RGBA"), or a mask's values as stored ("L"). Raises InputError."""
     try:
         with Image.open(path) as image:
             lost = what_is_lost(image, mode)
@@ -434,7 +434,7 @@ def open_image(path, mode):
 
 
 def read(item, data):
-    """Return the image and the mask of an item, PIL images of the same size; without a mask file all is 255.
+    """Return the image and the mask of an item, PIL images of the same size; without a mask file the mask is all 255.
 
     Raises InputError, which names the file: unreadable, of another size than its image, or with a value that is no
     class.
@@ -522,7 +522,7 @@ def random_view(image, mask, crop, scales, rng):
 
 
 def strong_parameters(seed, number, view=0):
-    """Draw the strength of a sample's strong view: brightness, contrast, saturation, hue, gray (0 or 1), blur's sigma.
+    """Sample the strength of a strong view: brightness, contrast, saturation, hue, gray (0 or 1), blur's sigma.
 
     Four factors of torchvision's ColorJitter(0.5, 0.5, 0.5, 0.25) with probability 0.8, gray with 0.2, and a blur of
     0.1 to 2 pixels with 0.5; else values that change nothing.
@@ -542,13 +542,13 @@ def adjust_brightness(x, factor):
 
 
 def adjust_contrast(x, factor):
-    """Move every pixel away from (factor above 1) or towards its image's mean gray."""
+    """Multiply the distance of each pixel to its image's mean gray by the factor."""
     mean = VF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
     return torch.lerp(mean, x, factor).clamp(0, 255)
 
 
 def adjust_saturation(x, factor):
-    """Move every pixel away from (factor above 1) or towards its own gray."""
+    """Multiply the distance of each pixel to its own gray by the factor."""
     return torch.lerp(VF.rgb_to_grayscale(x), x, factor).clamp(0, 255)
 
 
@@ -619,7 +619,7 @@ def normalize(images):
     return (images - mean) / std
 
 
-@lru_cache  # a copy to the device waits for it, so there is one
+@lru_cache  # a copy to the device waits for the device, so it is made once
 def _mean_and_std(device):
     return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD)]
 
@@ -634,7 +634,7 @@ def _permutation(count, seed, stream, epoch):
 
 
 def sample_index(count, seed, stream, number):
-    """Return the index of sample `number` in an endless row of shuffled passes over `count` items."""
+    """Return the index of sample `number` in an endless sequence of shuffled passes over `count` items."""
     epoch, place = divmod(number, count)
     return int(_permutation(count, seed, stream, epoch)[place])
 
@@ -647,7 +647,7 @@ def sample_numbers(step, batch_size):
 
 
 class TrainingViews(Dataset):
-    """Views by (number of the sample, whether it has an unlabeled image, whether that image's mask is read).
+    """Views, indexed by (number of the sample, with an unlabeled image?, with that image's mask?).
 
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, for
     numbers in the log only, 255 if nothing is annotated. Strong views are made on the device, by `strong_views`.

@@ -1,4 +1,4 @@
-"""Scores of a checkpoint: IoU per class and at boundaries, by the field's protocols; quality of pseudo-labels; panels.
+"""Scores of a checkpoint: IoU per class and at boundaries, by the usual protocols; quality of pseudo-labels; panels.
 
     python evaluate.py runs/shapes-24-s4mc-fixmatch-0/last.pth
     python evaluate.py ckpt.pth --root data --json scores.json --panels panels
@@ -129,7 +129,7 @@ def confusion_matrix(prediction, label, num_classes):
     """(C,C) counts, rows ground truth and columns prediction, over the pixels whose label is not 255."""
     pairs = label.long() * num_classes + prediction.long()
     pairs = pairs.masked_fill(label == IGNORE, num_classes**2).flatten()
-    counts = pairs.new_zeros(num_classes**2 + 1)  # bincount would have the host wait for the GPU
+    counts = pairs.new_zeros(num_classes**2 + 1)  # bincount would make the host wait for the GPU
     counts.scatter_add_(0, pairs, torch.ones_like(pairs))
     return counts[:-1].view(num_classes, num_classes)
 
@@ -190,7 +190,7 @@ def evaluate(network, data, items, device, protocol=Protocol(), workers=0):
         if protocol.eval_mode == "center-crop":
             size = [min(protocol.crop, side) for side in label.shape[-2:]]
             image, label = VF.center_crop(image, size), VF.center_crop(label, size)
-        prediction = predict(network, image, protocol).max(1).indices  # on a CPU a quarter of argmax's time
+        prediction = predict(network, image, protocol).max(1).indices  # four times as fast as argmax on a CPU
         counts[0] += confusion_matrix(prediction, label, classes + 1)
         counts[1] += boundary_confusion(prediction, label, classes)
     confusion, boundaries = all_reduce(counts).cpu()
@@ -226,13 +226,13 @@ def table(scores):
 
 
 def refinement_options(args, prior=None):
-    """The keyword arguments of `refine.refine` that a run's arguments (a dictionary) mean."""
+    """Return the keyword arguments of `refine.refine` for a run's arguments (a dictionary)."""
     names = ("neighborhood", "neighbors", "select", "distance_weight", "dilation")
     return {name: args[name] for name in names} | {"prior": prior}
 
 
 def label_options(args, prior=None):
-    """Return the keyword arguments of `refine.pseudo_labels` that a run's arguments (a dictionary) mean."""
+    """Return the keyword arguments of `refine.pseudo_labels` for a run's arguments (a dictionary)."""
     options = {
         "kind": args["confidence"], "refinement": args["refinement"], "threshold": args["threshold"],
         "floor": args.get("floor", 0.0),
@@ -243,8 +243,8 @@ def label_options(args, prior=None):
 def label_counts(prob, pseudo, truth, valid, options):
     """Return (8,) counts of pixels.
 
-    valid, annotated; of raw labels: kept, kept and annotated, right; of `pseudo`: the same three.
-    prob: what `pseudo` was decided from. Raw labels are those without refinement, at the same threshold.
+    valid, annotated; of raw labels: kept, kept and annotated, correct; of `pseudo`: the same three.
+    prob: the probabilities behind `pseudo`. Raw labels are those without refinement, at the same threshold.
     """
     options = options | {"refinement": False, "threshold": pseudo.threshold}
     raw = pseudo_labels(prob, None, valid=valid, **options)
@@ -259,7 +259,7 @@ def label_figures(counts):
     """Return the numbers of Figs. 4 and 5 from the counts: shares of pixels, 0..1, with and without refinement.
 
     kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels with ground truth,
-    those that are right. tp_change, fp_change: right and wrong labels added by refinement, of the annotated pixels.
+    those that are correct. tp_change, fp_change: correct and wrong labels added by refinement, by annotated pixels.
     """
     valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
     figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1)}
@@ -274,7 +274,7 @@ def label_figures(counts):
 
 @torch.no_grad()
 def evaluate_labels(network, data, items, device, protocol, args, prior, workers=0):
-    """Return `label_figures` of a teacher on whole images, each with the threshold of its own pixels at alpha0."""
+    """Return `label_figures` of a teacher on whole images, each with its own `image_threshold`."""
     options = label_options(args, prior)
     counts = torch.zeros(8, dtype=torch.long, device=device)
     for image, truth in evaluation_loader(data, items, device, workers):
@@ -309,7 +309,7 @@ def overlay(image, label, dim=2, opacity=0.65, colors=palette()):
 
 
 def heat(conf, kind, num_classes):
-    """Confidence (H,W) -> (3,H,W) uint8: black, red, yellow, white as the network grows surer."""
+    """Confidence (H,W) -> (3,H,W) uint8: black, red, yellow, white with increasing confidence."""
     sure = 1 + conf / math.log(num_classes) if kind == "entropy" else conf
     return (torch.stack([3 * sure, 3 * sure - 1, 3 * sure - 2]).clamp(0, 1) * 255).to(torch.uint8)
 
@@ -379,7 +379,7 @@ def last_line(error):
 
 
 def explain(error):
-    """Return a sentence for an error that the user can mend, else the traceback."""
+    """Return a sentence for an error that the user can fix, else the traceback."""
     said = last_line(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; lower --crop or --batch-size, or use --eval-mode sliding for large images"
@@ -432,7 +432,7 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def parse_args(argv=None):
-    """The command line. What is None here is as in the run."""
+    """The command line. Options left at None come from the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="last.pth or best.pth of a run")
@@ -444,7 +444,7 @@ def parse_args(argv=None):
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
     add("--bilateral", action="store_true", help="mean with the mirrored image, then a filter by color [ours]")
     add("--student", action="store_true", help="the student instead of the teacher")
-    add("--pseudo-labels", action="store_true", help="instead of scores: how many pseudo-labels there are, how right")
+    add("--pseudo-labels", action="store_true", help="score pseudo-labels instead: share kept, share correct")
     add("--panels", metavar="DIR", help="also write a figure of unlabeled images there, as Figs. 1, 3 and 7")
     add("--json", metavar="FILE", help="also write the numbers there")
     workers = min(4, (os.cpu_count() or 1) - 1)

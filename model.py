@@ -38,7 +38,7 @@ class Encoder(NamedTuple):
 
     shallow: str  # the last stage at stride 4, or an early block of a transformer
     shallow_channels: int
-    deep: str  # the last stage of all
+    deep: str  # the last stage that is used
     deep_channels: int
     width: int = 256  # channels of the decoder; Chen et al., 2018b; 64 for CPUs [ours]
 
@@ -144,7 +144,7 @@ def load_weights(net, name, weights):
     """Load pretrained weights into a network whose parameters have torchvision's or DINOv2's names.
 
     weights: "pretrained" (torchvision's IMAGENET1K_V1 or DINOv2's own, downloaded once), or a file with that state
-    dict. No code in the file is run. Raises InputError if there are none, or if they do not fit.
+    dict. No code in the file is run. Raises InputError if no weights are found, or if they do not fit.
     """
     try:
         if weights != "pretrained":
@@ -167,7 +167,7 @@ def load_weights(net, name, weights):
 
 
 def _reason(error):
-    """Return the error in one line; torch.load's own text advises to trust the file, so it is replaced."""
+    """Return the error in one line; torch.load's own text advises trusting the file, so it is replaced."""
     if isinstance(error, EOFError):
         return "it is empty or cut off"
     if isinstance(error, pickle.UnpicklingError):
@@ -235,7 +235,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 def ema_decay(updates, decay=0.99):
-    """Sec. 4.1: return tau after so many updates, min(1 - 1/(updates+1), decay); the first update is a copy."""
+    """Sec. 4.1: return tau after `updates` updates, min(1 - 1/(updates+1), decay); the first update is a copy."""
     # Paper: tau = 0.99. Authors' code: this warm-up of tau. Here: theirs.
     return min(1 - 1 / (updates + 1), decay)
 
@@ -277,7 +277,7 @@ def save_checkpoint(state, path):
 def cannot_write(path, error):
     """Return the InputError for a file that could not be written."""
     reason = str(error).splitlines()[0]
-    return InputError(f"{path} could not be written ({reason}); free disk space or mend the folder, then use --resume")
+    return InputError(f"{path} could not be written ({reason}); free disk space or check the folder, then use --resume")
 
 
 def load_checkpoint(path):
@@ -287,7 +287,7 @@ def load_checkpoint(path):
         if checkpoint["preprocessing"] != PREPROCESSING or not {"args", "classes", "teacher"} <= set(checkpoint):
             raise ValueError("it is of another version")
     except Exception as error:  # torch.load raises many kinds, all of them the file's fault
-        reason = _reason(error) if Path(path).is_file() else "it is not there"
+        reason = _reason(error) if Path(path).is_file() else "it does not exist"
         raise InputError(
             f"checkpoint {path} could not be read ({reason}); expected last.pth or best.pth of this train.py; if only "
             "one of them is damaged, copy the other over it"

@@ -15,7 +15,7 @@ This file needs only PyTorch. It can be copied into another project as it is.
     beta_lm             beta             number      0..1, Eq. 10
     kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
     gamma_t             threshold        0-d         like confidence
-    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of pixels with a raw confidence at or below it
+    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of pixels whose raw confidence is at most gamma_t
     y^_jk               label            (B,H,W)     0..C-1, or 255: the pixel is ignored
 
 An example to follow by hand. Four pixels a, b, c and d lie in a row, with three classes:
@@ -95,7 +95,7 @@ def offsets(neighborhood, dilation=1, distance_weight=True):
 
     beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid. Without `distance_weight` it is 1, as in Eqs. 7-9.
     neighborhood: 3, 5 or 7 for the N x N square without its center; "cross" for up, down, left and right.
-    dilation: neighbors are so many pixels apart [ours]. Raises ValueError for an unknown neighborhood or dilation.
+    dilation: pixels between neighbors, 1 = adjacent [ours]. Raises ValueError for an unknown neighborhood or dilation.
     """
     # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for each neighbor of their cross.
     # Here: Eq. 10 for every neighborhood, 0.607 beside the pixel and 0.368 on the diagonal.
@@ -159,7 +159,7 @@ def _refine_with_best_neighbor(p, grid):
 
 
 def _refine_with_options(prob, grid, neighbors, select, prior, generator):
-    """Several, random or worst neighbors (Table 4a) and the prior (Eq. 16); slower, and with memory for all unions."""
+    """Several, random or worst neighbors (Table 4a) and the prior (Eq. 16); slower, because it keeps all unions."""
     q = torch.stack(_neighbors(prob, grid))  # (N,B,C,H,W)
     beta = q.new_tensor([beta for _, _, beta in grid]).view(-1, 1, 1, 1, 1)
     free = (q.sum(2, keepdim=True) > 0).expand_as(q)  # exists and is not yet taken
@@ -258,7 +258,7 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, flo
             threshold = threshold.clamp(min=floor)
     if refinement:
         if valid is not None:
-            prob = prob.masked_fill(~valid[:, None], 0)  # padding is no neighbor
+            prob = prob.masked_fill(~valid[:, None], 0)  # padding is not a neighbor
         conf, label = confidence_and_label(refine(prob, **options), kind)
     keep = conf > threshold
     if valid is not None:

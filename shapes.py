@@ -19,7 +19,7 @@ CLASSES = (  # texture and form
 
 
 def triangle(u, v, radius):
-    """Return the signed distance from a triangle with equal sides."""
+    """Return the signed distance from an equilateral triangle."""
     sides = [u * np.cos(angle) + v * np.sin(angle) for angle in np.pi * np.array([1 / 2, 7 / 6, 11 / 6])]
     return np.maximum.reduce(sides) - 0.6 * radius
 
@@ -48,7 +48,7 @@ TEXTURES = {  # True where the second of an object's two shades shows
 def generate(index):
     """Return generated image `index` as an RGB image and its mask (H,W) uint8. It is a pure function of the index.
 
-    Color says nothing about the class. Plain blobs are background, objects hide one another, everything is noisy, and
+    Color says nothing about the class. Plain blobs are background, objects overlap, everything is noisy, and
     a border two pixels wide around each object is 255, as in PASCAL.
     """
     rng = np.random.default_rng([20230913, index])

@@ -63,7 +63,7 @@ PRESETS = {
         "cpu": {"crop": 192, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 1000},
         "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000},
     },
-    "pascal": {  # Appendix D and Sec. 4.3 [paper]; warm-up [authors' code]; workers [ours]
+    "pascal": {  # Appendix D, Secs. 4.1 and 4.3 [paper]; warm-up [authors' code]; workers [ours]
         "labeled": "366", "crop": 513, "workers": 4, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
         "warmup_epochs": 1, "backbone": "resnet101", "weights": "pretrained", "epochs": 80, "batch_size": 3,
         "optimizer": "sgd", "lr": 0.001, "head_lr": 0.01, "lr_warmup": 0.0, "weight_decay": 1e-4, "sup_loss": "ce",
@@ -80,8 +80,8 @@ DINOV2 = {"optimizer": "adamw", "lr": 5e-6, "head_lr": 2e-4, "weight_decay": 0.0
 S4MC = {"refinement": True, "confidence": "margin", "threshold": None}  # threshold None: DPA
 WITHOUT_S4MC = {"refinement": False, "confidence": "max", "threshold": 0.95, "unsup_norm": "valid", "floor": 0.0}
 VIEWS = {"supervised": 0, "cutmixseg": 1, "fixmatch": 1, "unimatch": 2}  # strong views of an unlabeled image
-MIN_SUPERVISED_STEPS = 1000  # of a run measured in epochs [ours]; the authors' 80 epochs of 92 labels are 960
-FREE_AT_RESUME = set(  # images, ids and steps are compared, not the words that name them
+MIN_SUPERVISED_STEPS = 1000  # of a run measured in epochs [ours]; the authors' 92 labels: 960, of 8 images
+FREE_AT_RESUME = set(  # these may change; the images, ids and steps that they select are compared
     "resume out root splits workers device amp log_every eval_every eval_steps save_every compile tensorboard labeled "
     "batch_size processes weights deterministic lr head_lr epochs warmup_epochs warmup_share".split()
 )
@@ -107,9 +107,9 @@ def count(mask):
 def cross_entropy(logits, label, divisor):
     """Eqs. 2-3: return the loss summed over this process's labeled pixels, divided by `divisor`.
 
-    logits (B,C,H,W), label (B,H,W) with 255 = not labeled; divisor, 0-d: the number of labeled pixels in all processes.
+    logits (B,C,H,W), label (B,H,W) with 255 = not labeled; divisor, 0-d: pixels of all processes, in Eq. 2 the labeled.
     The sum is multiplied by the number of processes, because DistributedDataParallel averages gradients. So N processes
-    equal one with the whole batch.
+    give the loss of one with the whole batch.
     """
     _, world = rank_and_world()
     total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction="sum")
@@ -123,7 +123,7 @@ def ohem(logits, label, sure=0.7, per_image=50_000):
     logits (B,C,H,W), label (B,H,W). A pixel is easy if its own class has a probability above `sure`. The hardest
     B * per_image pixels of this process always stay. Both numbers are common practice on Cityscapes.
     """
-    index = label.clamp(max=logits.shape[1] - 1).long()  # 255 is no index
+    index = label.clamp(max=logits.shape[1] - 1).long()  # 255 is not an index
     own = logits.softmax(1).gather(1, index[:, None])[:, 0]
     prob = own.masked_fill(label == IGNORE, torch.inf).flatten()
     place = min(per_image * len(label), prob.numel()) - 1
@@ -144,7 +144,7 @@ def complementary_dropout(labeled, unlabeled, channels, device):
 
 
 def class_prior(data, neighborhood):
-    """Eq. 15 over the labeled images of the run, (C,): the mean `neighbor_agreement` of its pixels.
+    """Eq. 15 over the labeled images of the run, (C,): the mean `neighbor_agreement` over the pixels.
 
     A class without labeled pixels takes the mean of the others.
     """
@@ -307,12 +307,12 @@ def train(given, stop):
 
 
 def is_evaluated(args, done):
-    """Return whether the run evaluates after so many steps."""
+    """Return whether the run evaluates after `done` steps."""
     return done == args.iters or done % args.eval_steps == 0
 
 
 def is_logged(args, done):
-    """Return whether the run logs a line after so many steps."""
+    """Return whether the run logs a line after `done` steps."""
     return is_evaluated(args, done) or done % args.log_every == 0
 
 
@@ -352,7 +352,7 @@ def count_steps(given, data, device):
     """Return the arguments with steps_per_epoch, iters, warmup_iters, eval_steps and processes.
 
     An epoch is a pass over the unlabeled images, in a supervised run over the labeled ones. Raises InputError for a
-    batch of one, and for a warm-up as long as the run.
+    batch of one labeled image, and for a warm-up as long as the run.
     """
     args = argparse.Namespace(**vars(given))
     supervised = args.framework == "supervised"
@@ -405,7 +405,7 @@ def find_checkpoint(args, data, device):
     """Return the last checkpoint of --out if --resume was given and there is one, else None.
 
     Raises InputError if it belongs to another run. The same run has the same images and ids, the same number of images
-    a step, and the same arguments but for FREE_AT_RESUME. An argument that the checkpoint lacks counts as its default.
+    a step, and the same arguments except FREE_AT_RESUME. An argument that the checkpoint lacks counts as its default.
     """
     last = Path(args.out) / "last.pth"
     if not (args.resume and last.exists()):
@@ -624,7 +624,7 @@ def write_panel(run, step):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Give a list that gets the stop signals. In a run of one process a second signal ends it at once."""
+    """Yield a list that collects the stop signals. In a run of one process a second signal ends it at once."""
     received, before, process = [], {}, os.getpid()
 
     def restore_handlers():
@@ -669,7 +669,7 @@ def end_early(run, stopping, done):
 
 
 def parse_args(argv=None):
-    """Return the command line. What is None here takes the preset of the dataset."""
+    """Return the command line. Options left at None take the dataset's preset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="[preset]: the value of the dataset's preset, which an option given here replaces.\n\n" + preset_table(),
@@ -714,7 +714,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--backbone", choices=ENCODERS, help="torchvision's encoder, or DINOv2; resnet10 is for CPUs [preset]")
     add("--weights", help="pretrained, none, or a file with torchvision's or DINOv2's state dict [preset]")
-    add("--output-stride", type=int, choices=(16, 8), help="default 16; 8 needs more memory [authors' code]")
+    add("--output-stride", type=int, choices=(16, 8), help="default 16; 8, as in the authors' code, takes more memory")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--epochs", type=natural, help="passes over the unlabeled images, if supervised over the labeled [preset]")
@@ -743,7 +743,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue the run in --out; start it if there is no checkpoint yet")
     args = parser.parse_args(argv)
     if (args.epochs and args.iters) or None not in (args.warmup_epochs, args.warmup_iters):
-        parser.error("--epochs and --iters both give the length, as do --warmup-...; expected one of them")
+        parser.error("a length is given twice; expected --epochs or --iters, and --warmup-epochs or --warmup-iters")
     if args.prior and args.dilation > 1:
         parser.error("--prior is counted over adjacent pixels; expected --dilation 1 with it")
     if args.output_stride and (args.backbone or "").startswith("dinov2"):

@@ -120,8 +120,8 @@ def test_bad_partitions_roots_and_lists_get_one_sentence(tmp_path):
     for name, place, labeled, lists, says in (
         ("camvid", root, 7, None, "--labeled 7 is impossible; expected 1 to 6 images with a mask"),
         ("camvid", root, 0, None, "--labeled 0 is impossible; expected 1 to 6 images with a mask"),
-        ("camvid", root, "no.txt", None, "--labeled no.txt is no file; expected a number, all, or a file"),
-        ("pascal", voc, "1/8", splits, r"1/8 is no file; expected a number of \[2, 7, 1464\], all, or a file"),
+        ("camvid", root, "no.txt", None, "--labeled no.txt is not a file; expected a number, all, or a file"),
+        ("pascal", voc, "1/8", splits, r"1/8 is not a file; expected a number of \[2, 7, 1464\], all, or a file"),
         ("camvid", root, tmp_path / "list.txt", None, r"2 ids are not .*, first \.\./.*; .* like train0,"),
         ("camvid", root, "all", None, r"has no unlabeled images; use --framework supervised, or fewer labels"),
         ("camvid", tmp_path / "nowhere", 2, None, "camvid under .* has no training images"),

@@ -505,7 +505,7 @@ def test_a_command_line_that_makes_no_sense_says_what_is_expected(capsys, option
     (ConnectionResetError(104, "Connection reset"), r"a loader worker has ended \(.*; lower --workers, or .*"),
     (KeyError("bug"), r"Traceback(.*\n)+KeyError: 'bug'\n"),  # only what a bug can break ends with one
 ])  # fmt: skip
-def test_what_the_user_can_mend_ends_with_its_sentence_and_without_a_traceback(monkeypatch, capsys, error, said):
+def test_what_the_user_can_fix_ends_with_its_sentence_and_without_a_traceback(monkeypatch, capsys, error, said):
     monkeypatch.setattr(sys, "argv", ["somewhere/train.py"])
     with pytest.raises(SystemExit, match="^1$"):
         E.run_script(Mock(side_effect=error))

@@ -356,7 +356,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, before):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        says = r"last\.pth could not be written \(.+\); free disk space or mend the folder, then use --resume"
+        says = r"last\.pth could not be written \(.+\); free disk space or check the folder, then use --resume"
         refused(says, M.save_checkpoint, checkpoint(step=2), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -377,7 +377,7 @@ def test_a_bad_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, capsys):
         says = rf"checkpoint {path} could not be read \(.+\); expected last.pth or best.pth of this train.py"
         refused(says, M.load_checkpoint, path)
     for place in (tmp_path / "none.pth", tmp_path):
-        refused(r"could not be read \(it is not there\)", M.load_checkpoint, place)
+        refused(r"could not be read \(it does not exist\)", M.load_checkpoint, place)
     assert "must not run" not in capsys.readouterr().out
 
 

@@ -68,7 +68,7 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     said, useful = capsys.readouterr().out, sorted(f"photo {i}" for i in range(11) if i != 4)
     assert (root / "val.txt").read_text().splitlines() == useful[4::5]
     assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
-    assert said.startswith("14 images, 11 masks; 2 to validate on: every fifth mask by name; frames of one video")
+    assert said.startswith("14 images, 11 masks; 2 for validation: every fifth mask by name; keep frames of one video")
     assert f"255 is {1 / 11:.1%} of the pixels" in said and "1 of 11 masks hold a single value, first" in said
     counts = np.bincount(np.concatenate([mask.ravel() for mask in masks_of(root).values()]))
     for index, name in ((0, "0 class 0"), (2, "2 class 2"), (255, "255 = ignore")):
@@ -147,10 +147,10 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
     before, blur = masks_of(root), ImageFilter.GaussianBlur(0.7)
     change_masks(root, lambda m, _: Image.fromarray(palette()[m]).filter(blur), suffix)
-    refused("6 masks are no PNG files of one 8-bit value per pixel, first .*mode RGB.", root)
+    refused("6 masks are not PNG of one 8-bit value per pixel, first .*mode RGB.", root)
     said = capsys.readouterr()
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
-    assert ("in all; of JPEG and soft edges list the true ones" in said.err) == (suffix == ".jpg")
+    assert ("values; for JPEG or soft edges list the true colors" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
     says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* edges --nearest"
     refused(says, root, "--colors", table)
@@ -180,7 +180,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
     for number in (3, 4, 5):
         Image.fromarray(palette()[before[f"photo {number}"]]).save(root / "masks" / f"photo {number}.png")
     capsys.readouterr()
-    refused("3 masks are no PNG .*, first .*photo 3.png .*classes.txt: soil, weed, wheat.", root)
+    refused("3 masks are not PNG .*, first .*photo 3.png .*classes.txt: soil, weed, wheat.", root)
     assert {*capsys.readouterr().out.split()} == {"?,0,0,0", "?,0,128,0", "?,128,0,0"}
     call(root, "--colors", table)
     assert "3 masks to convert; 3 are class indices already and stay" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
     assert len([*(root / "masks-painted-2").iterdir()]) == 6
     change_masks(root, lambda m, _: m + np.uint8(1), first=3)  # values, of which 1 means soil
     table.write_text("soil,1\nweed,2\nwheat,3\n")
-    refused("photo 0.png is class indices already, and its values have other classes in .*csv", root, "--colors", table)
+    refused("photo 0.png holds class indices already, but .*csv gives its values", root, "--colors", table)
     (root / "classes.txt").unlink()
     table.write_text("soil,0,0,0\nweed,0,128,0\nwheat,128,0,0\n")
     refused(r"\d is not in .*classes.csv", root, "--colors", table)  # indices are never read as colors
@@ -197,7 +197,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write a name for each from 0 on, often"
+    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write all names into classes.txt"
     refused(says, root)
     (root / "classes.txt").write_bytes("soil\nStraße\nweed\nmaize\n".encode("latin-1"))
     call(root)
@@ -223,15 +223,15 @@ def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
 @pytest.mark.parametrize("text, names, says", [
     ("soil,1\nwheat,2\n", "", r"3 is not in .*classes.csv: \d+ pixels in 5 masks, first .*photo 1.png; expected every"),
     ("soil,1\nsoil,2\nignore,3\n", "", "names 1 classes; expected 2 to 254"),
-    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, classes.txt does not; expected the same"),
+    ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, but classes.txt does not; correct one"),
     ("soil,1\nwheat,2\n?,3\n", "", r"holds '\?,3'; .*, and a class or ignore for each \?"),
     ("soil,1\nwheat,1\n", "", "holds 'wheat,1'; expected lines .* one for each class"),
     ("soil,1,2,3\nwheat,4,5,6\n", "", r"\d is not in .*csv"), (",1\n", "", "holds ',1'"),
     ("", "", "names 0 classes"), ("soil,1\nwheat,1.2.3\n", "", "holds 'wheat,1.2.3'"),
     ("name,value\n1,soil,2\n", "", "holds '1,soil,2'"), ("soil,1\n2,3\n", "", "holds '2,3'"),
     ('[{"name": "soil"}]', "soil\nweed\n", "names 0 classes; expected 2 to 254; expected lines name,r,g,b"),
-    (None, "", "classes.csv is not there; expected lines name,r,g,b"),
-    ("soil,1\nwheat,2\n", "__ignore__\nsoil\n", "names __ignore__, which is 255 and no class; .*; remove it"),
+    (None, "", "classes.csv does not exist; expected lines name,r,g,b"),
+    ("soil,1\nwheat,2\n", "__ignore__\nsoil\n", "names __ignore__; expected only the classes .*; remove it"),
     ("soil,1\nwheat,2\n", "soil\nsoil\n", "names soil twice"),
 ])  # fmt: skip
 def test_a_conversion_that_cannot_end_well_gets_a_sentence_and_changes_nothing(tmp_path, text, names, says):
@@ -267,7 +267,7 @@ def test_tables_of_other_tools_and_encodings_are_read(tmp_path, text, codes):
 
 
 def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
-    refused("mine lacks images/ or masks/; expected both, and a mask under the name of", tmp_path / "mine")
+    refused("mine lacks images/ or masks/; expected both; a mask has the name of", tmp_path / "mine")
     refused("has 1 masks that show a class; expected two; annotate", mine(tmp_path / "one", annotated=1))
     root = mine(tmp_path / "mine")
     shutil.move(root / "masks", root / "labels")
@@ -280,9 +280,9 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
     change_masks(root, lambda m, _: m * np.uint8(0))
     refused("the masks hold fewer than two classes", root)
     change_masks(root, lambda m, _: m.astype(np.uint8), ".jpg")
-    refused(r"6 masks are no PNG files of one .*, first .*photo 0.jpg .JPEG, mode L.", root)
+    refused(r"6 masks are not PNG of one .*, first .*photo 0.jpg .JPEG, mode L.", root)
     (root / "masks" / "photo 0.jpg").rename(root / "masks" / "photo 0.png")
-    refused(r"6 masks are no PNG files of one .*, first .*photo 0.png .JPEG, mode L.; JPEG changes values", root)
+    refused(r"6 masks are not PNG of one .*, first .*photo 0.png .JPEG, mode L.; JPEG changes values", root)
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8)
     with pytest.raises(InputError, match="colors, as a photograph does; expected a color per class"):
         Image.fromarray(noise).save(root / "photo.png")
@@ -290,9 +290,9 @@ def test_mistakes_in_a_folder_get_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("masks, says", [
-    (["{}_mask"], "rename them, without '' before it and '_mask' after it"),
-    (["SegmentationClass/gt-{}.jpg___fuse"], "without 'SegmentationClass/gt-' before it and '.jpg___fuse' after it"),
-    (["{}-cat", "{}-dog"], "if an image has several masks, merge them into one, docs/faq.md says how"),
+    (["{}_mask"], "remove '_mask' at the end"),
+    (["SegmentationClass/gt-{}.jpg___fuse"], "SegmentationClass/gt-' at the start and '.jpg___fuse' at the end"),
+    (["{}-cat", "{}-dog"], "if an image has several masks, merge them into one .see docs/faq.md."),
     (["other"], "expected names such as photo 0; rename them"),
 ])  # fmt: skip
 def test_masks_under_other_names_are_to_be_renamed_or_merged(tmp_path, masks, says):
@@ -304,7 +304,7 @@ def test_masks_under_other_names_are_to_be_renamed_or_merged(tmp_path, masks, sa
             shutil.copy(path, target)
         path.unlink()
     (root / "masks" / "_classes.csv").write_text("Pixel Value, Class\n")
-    refused(f"masks have no image of their name, first .*; .*{says}", root)
+    refused(f"masks have no image of the same name, first .*; .*{says}", root)
 
 
 def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop_nothing(tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(images / "photo 7.bmp", "PNG")
     call(root)
     said = capsys.readouterr()
-    assert "1 files are left out, because they are no images, first" in said.out and "notes.odt" in said.out
+    assert "1 files are skipped because they are not images, first" in said.out and "notes.odt" in said.out
     assert "photo 6.png could not be read (image file is truncated" in said.err
     assert "photo 7.bmp has more than 8 bits per channel" in said.err and "photo 9.jpg could not be read" in said.err
     assert said.err.count("training goes on without it") == 3
@@ -326,7 +326,7 @@ def test_all_files_that_cannot_be_used_are_named_at_once_and_unlabeled_ones_stop
     Image.new("L", (64, 48)).save(
         root / "masks" / "photo 3.png", "TIFF", save_all=True, append_images=[Image.new("L", (64, 48))]
     )
-    refused("4 annotated images cannot be used, each is named above; replace or remove them", root)
+    refused("4 annotated images cannot be used; each is named above; replace or remove them", root)
     said = capsys.readouterr().err
     assert all(f"photo {name} could not be read" in said for name in ("0.jpg", "1.png", "6.png"))
     assert "photo 2.png has (48, 64) pixels, its image (64, 48); expected the same size" in said
@@ -346,7 +346,7 @@ def test_nearest_is_within_16_in_each_channel_and_alpha_is_one():
 ])  # fmt: skip
 def test_files_that_are_no_images_are_counted_with_what_converts_the_first_known_one(name, says):
     said = own_images.left_out(map(Path, ("photo.jpg", "a.odt", name, "mask.PNG ")))
-    assert said.startswith(f"2 files are left out, because they are no images, first {name}: ") and says in said
+    assert said.startswith(f"2 files are skipped because they are not images, first {name}: ") and says in said
     assert own_images.left_out([Path("photo.jpg")]) == ""
 
 
@@ -364,25 +364,25 @@ def test_the_summary_names_folders_what_is_not_read_and_what_is_odd(tmp_path, ca
     call(root)
     said = capsys.readouterr().out
     for folder in ("unlabeled", "valid"):
-        assert f"{root / folder} (1 images) is not read; expected images in images/, those to validate" in said
+        assert f"{root / folder} (1 images) is not read; expected images in images/, validation images" in said
     assert "notes (" not in said and "masks-painted (" not in said
     assert "images by folder: . 7, trip 1" in said and "1 images have transparent pixels; they" in said
-    assert "what is 255 is never learned; give the background a class of its own" in said
+    assert "pixels of 255 are never learned; give the background a class of its own" in said
 
 
 def test_validation_images_come_from_a_list_or_from_val(tmp_path, capsys, monkeypatch):
     root, chosen = mine(tmp_path / "mine"), tmp_path / "chosen.txt"
     call(root)
     for listed, says in (
-        ("photo 7", "photo 7 is to validate on and has no image or no mask; expected both, as of photo 0"),
-        ("nobody", "nobody is to validate on and has no image or no mask"),
-        ("\n".join(f"photo {i}" for i in range(6)), "all masks are to validate on .*; expected some to learn from"),
+        ("photo 7", "validation image photo 7 lacks image or mask; expected both, as photo 0 has"),
+        ("nobody", "validation image nobody lacks image or mask"),
+        ("\n".join(f"photo {i}" for i in range(6)), "all masks are validation masks .*; expected some for training"),
     ):
         chosen.write_text(listed)
         refused(says, root, "--val", chosen)
     chosen.write_text("images\\photo 0.jpg\nimages/photo 3.png masks/photo 3.png\n")
     call(root, "--val", chosen)
-    assert f"2 to validate on: those of {chosen}" in capsys.readouterr().out
+    assert f"2 for validation: those of {chosen}" in capsys.readouterr().out
     assert (root / "val.txt").read_text() == "photo 0\nphoto 3\n"
     root, table = trees.folder(tmp_path / "other"), tmp_path / "classes.csv"
     for place in (root, root / "val"):
@@ -398,13 +398,13 @@ def test_validation_images_come_from_a_list_or_from_val(tmp_path, capsys, monkey
         patch.setattr(own_images, "save_mask", save_outside_val)
         refused("other cannot be written to .*No space left", root, "--colors", table)
     call(root, "--colors", table)  # goes on with val/
-    assert "2 to validate on: those of val/" in capsys.readouterr().out and not (root / "val.txt").exists()
+    assert "2 for validation: those of val/" in capsys.readouterr().out and not (root / "val.txt").exists()
     for place in (root, root / "val"):
         assert all(set(np.unique(mask)) == {0, 2, 255} for mask in masks_of(place).values())
         assert len([*(place / "masks-painted").iterdir()]) == len([*(place / "masks").iterdir()]) > 0
-    refused("both say what to validate on; expected one; move val away", root, "--val", chosen)
+    refused("both name validation images; expected one; move val away", root, "--val", chosen)
     (root / "val" / "masks" / "photo 1.png").unlink()
-    refused("val/photo 1 is to validate on and has no image or no mask", root)
+    refused("validation image val/photo 1 lacks image or mask", root)
 
 
 @pytest.mark.parametrize("orientation, stored, size, says", [
@@ -435,7 +435,7 @@ def test_smaller_copies_hold_the_same_lists_and_masks_of_the_same_values(tmp_pat
     image, mask = read(data.labeled[0], data)
     assert data.classes == ("soil", "wheat", "weed") and [item.id for item in data.val] == ["photo 2"]
     assert (len(data.labeled), len(data.unlabeled), image.size, {*np.unique(mask)}) == (5, 2, (64, 2), {0, 1, 2})
-    refused("mine-64 is there already; expected a new folder", root, "--shrink", 64)
+    refused("mine-64 already exists; expected a new folder", root, "--shrink", 64)
 
 
 def test_a_folder_that_cannot_be_written_to_gets_the_report_and_a_way_out_that_works(tmp_path, capsys, monkeypatch):

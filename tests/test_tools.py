@@ -91,7 +91,7 @@ def test_pascal_is_downloaded_once_mended_where_files_are_gone_and_what_fails_is
     call(prepare, *words)  # needs nothing
     (root / "away.tar").rename(root / "VOC.tar")
     (tmp_path / "splits" / "pascal" / "val.txt").write_text("2009_000001\n2009_000009\n")
-    refused("lacks files of 1 images, first 2009_000009; remove it and start again", prepare, *words)
+    refused("lacks files of 1 images, first 2009_000009; remove VOC2012 there and run", prepare, *words)
 
 
 def test_the_coarse_masks_are_converted_once_from_sbd_s_matlab_files(tmp_path, voc, monkeypatch):
@@ -138,7 +138,7 @@ def test_check_counts_every_pixel_and_names_everything_that_is_wrong_at_once(tmp
     (root / "JPEGImages" / "2007_000001.jpg").write_bytes(b"no image")
     (root / "SegmentationClass" / "2007_000002.png").unlink()
     save_mask(np.full((71, 79), 77, np.uint8), root / "SegmentationClass" / "2007_000003.png")
-    refused("4 files are missing or broken, each is named above", prepare, *words)
+    refused("4 files are missing or broken; each is named above", prepare, *words)
     assert len((said := capsys.readouterr().err).splitlines()) == 4
     assert "image 2007_000000 is missing" in said and "2007_000001.jpg could not be read" in said
     assert "mask of the labeled image 2007_000002 is missing" in said and "holds the value 77" in said
@@ -186,7 +186,7 @@ def test_outputs_come_from_the_checkpoint_alone_for_a_folder_one_image_and_a_sma
     words = [checkpoint, "--images", new, "--device", "cpu", "--masks"]
     call(predict, *words, out, "--confidence", "--probabilities")
     assert "5 masks written to" in (said := capsys.readouterr().out) and "0 class 0, 1 class 1, 2 class 2" in said
-    assert "1 files are left out, because they are no images, first" in said and "readme.txt" in said
+    assert "1 files are skipped because they are not images, first" in said and "readme.txt" in said
     assert said.endswith(f"look at {out}-sheet.png: images beside their masks\n")
     with Image.open(f"{out}-sheet.png") as sheet:
         for place, file in enumerate((new / "photo 0.jpg", tmp_path / "out-overlays" / "photo 0.png")):
@@ -251,8 +251,8 @@ def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named(tmp_pat
     refused("2 images have no mask, for the reasons named above", predict, *words)
     said = capsys.readouterr()
     assert "photo 2.bmp could not be read" in said.err and f"{long}.png has no mask: [Errno 36] File name" in said.err
-    assert "1 masks were in" in said.out and "are kept, whatever checkpoint and options made them" in said.out
-    assert "3 masks written" in said.out and "files beside them, such as of --confidence, are not" in said.out
+    assert "1 existing masks in" in said.out and "are kept, even if another checkpoint or option made them" in said.out
+    assert "3 masks written" in said.out and "their other files (--confidence, ...) are not written" in said.out
     assert (out / "photo 0.png").read_bytes() == b"corrected by hand"
     assert names_below(out) == ["photo 0.png", "photo 3.png", "photo 4.png", "trip/photo 1.png"]
     Image.new("RGB", (40, 40)).save(new / "photo 4.png")
@@ -264,7 +264,7 @@ def test_what_is_there_stays_and_what_cannot_be_read_or_written_is_named(tmp_pat
     call(predict, *words[:2], tmp_path / "clear.png", *words[3:])
     assert (pixels(out / "clear.png") == 255).all()
     (tmp_path / "clip.mp4").write_bytes(b"x")
-    for name, says in (("nowhere", "add some"), ("clip.mp4", "1 files are left out, .*clip.mp4: a video; `ffmpeg")):
+    for name, says in (("nowhere", "add some"), ("clip.mp4", "1 files are skipped .*clip.mp4: a video; `ffmpeg")):
         says = f"has no image; expected one, or a folder of images; {says}"
         refused(says, predict, *words[:2], tmp_path / name, *words[3:])
 

@@ -501,7 +501,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do_but_a_panel_ma
     def full(*args):
         raise OSError("no space left")
 
-    record, advice = T.train_record, r".*\); free disk space or mend the folder, then use --resume"
+    record, advice = T.train_record, r".*\); free disk space or check the folder, then use --resume"
     (tmp_path / "file").touch()
     refused(rf"file/run could not be written \(.*Not a directory{advice}", run, "--iters 1", out="file/run")
     with monkeypatch.context() as patch:

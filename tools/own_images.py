@@ -3,10 +3,10 @@
     python tools/own_images.py data/mine                                  # what the masks hold, and what to do next
     python tools/own_images.py data/mine --colors classes.csv             # converts masks of colors or of other values
     python tools/own_images.py data/mine --colors classes.csv --nearest   # the same for JPEG files and soft edges
-    python tools/own_images.py data/mine --val list.txt                   # validates on the images of this list
+    python tools/own_images.py data/mine --val list.txt                   # writes the validation images to val.txt
     python tools/own_images.py data/mine --shrink 512                     # writes smaller copies to data/mine-512
 
-The folder holds images/ and masks/, a mask under the name of its image. val/ may hold both again, for validation.
+The folder holds images/ and masks/. A mask has the name of its image. val/ may hold both again, for validation.
 Training needs masks that are PNG files of class indices: 0, 1, 2 and so on, 255 for pixels to ignore. classes.txt names
 the classes, one per line. For other masks this prints lines for classes.csv. Write a class, or ignore, in place of each
 "?". --colors then replaces the masks. The originals move to masks-painted/.
@@ -37,14 +37,14 @@ from data import palette, read, read_classes, read_text, save_mask, suffix, walk
 from evaluate import number, run_script  # noqa: E402
 from train import PRESETS  # noqa: E402
 
-NEAR = 16  # of 255 in each channel; with --nearest, a pixel so near to a listed color has its class
+NEAR = 16  # of 255 in each channel; with --nearest, a pixel this close to a listed color has its class
 SHOWN = 40  # lines to fill in at most
-SERIES = "frames of one video or tiles of one image belong on one side: --val FILE or a folder val/ decides otherwise"
+SERIES = "keep frames of one video, or tiles of one image, in one part: use --val FILE or a folder val/"
 MOST = 65536  # colors of a mask; a photograph has more
-LARGE = 1500  # pixels; longer photographs are better trained on as smaller copies
+LARGE = 1500  # pixels; above this, smaller copies train better
 CONVERTERS = {
-    ".heic .heif": "a photograph of a phone; `magick mogrify -format jpg *.heic` converts it",
-    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data of a camera; export JPEG files from your raw converter",
+    ".heic .heif": "a photograph from a phone; `magick mogrify -format jpg *.heic` converts it",
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data from a camera; export JPEG files from your raw converter",
     ".npy .npz .mat": "an array; Image.fromarray(numpy.load(file).astype('uint8')).save(name), from PIL, writes a PNG",
     ".json .xml .geojson .shp .txt .csv": "polygons or a list; export masks, as CVAT's 'Segmentation mask' does",
     ".nii .gz .dcm .mha .mhd .nrrd .h5 .hdf .hdf5": "a volume; write each slice and its mask as a PNG of 8 bits",
@@ -53,17 +53,17 @@ CONVERTERS = {
 
 
 def left_out(paths):
-    """Return a sentence on the files that are no images by their suffix, and on what converts them; or ""."""
+    """Return a sentence on the files whose suffix is not one of an image, and on what converts them; or ""."""
     others = [path for path in paths if suffix(path) not in READABLE]
     for suffixes, advice in CONVERTERS.items():
         for path in others:
             if suffix(path) in suffixes.split():
-                return f"{len(others)} files are left out, because they are no images, first {path}: {advice}"
-    return f"{len(others)} files are left out, because they are no images, first {others[0]}" if others else ""
+                return f"{len(others)} files are skipped because they are not images, first {path}: {advice}"
+    return f"{len(others)} files are skipped because they are not images, first {others[0]}" if others else ""
 
 
 def naming_advice(strays, images):
-    """Return how to rename or merge masks that have no image of their name."""
+    """Return how to rename or merge masks that have no image of the same name."""
     around = set()
     for stray in strays:
         inside = [id for id in images if id in stray]
@@ -71,22 +71,23 @@ def naming_advice(strays, images):
         around.add((before, after))
     if len(around) == 1 and around != {("", "")}:
         before, after = around.pop()
-        return f"expected the image's name; rename them, without '{before}' before it and '{after}' after it"
+        extra = [f"'{before}' at the start"] * bool(before) + [f"'{after}' at the end"] * bool(after)
+        return f"expected the image's name; remove {' and '.join(extra)}"
     return (
         f"expected names such as {next(iter(images))}; rename them, and if an image has several masks, merge them into "
-        "one, docs/faq.md says how"
+        "one (see docs/faq.md)"
     )
 
 
 def list_pairs(place, prefix=""):
     """Return {id: (image, its mask or None)} of images/ and masks/ below a folder. Raises InputError."""
     if not (place / "images").is_dir() or not (place / "masks").is_dir():
-        raise InputError(f"{place} lacks images/ or masks/; expected both, and a mask under the name of its image")
+        raise InputError(f"{place} lacks images/ or masks/; expected both; a mask has the name of its image")
     images, masks = files(place / "images"), files(place / "masks")
     strays = [id for id in masks if id not in images]
     if strays and images:
         advice = naming_advice(strays, images)
-        raise InputError(f"{len(strays)} masks have no image of their name, first {masks[strays[0]]}; {advice}")
+        raise InputError(f"{len(strays)} masks have no image of the same name, first {masks[strays[0]]}; {advice}")
     if not images or not masks:
         advice = left_out([*walk(place / "images"), *walk(place / "masks")]) or "add some"
         raise InputError(f"{place} has {len(images)} images and {len(masks)} masks; expected some of both; {advice}")
@@ -150,7 +151,7 @@ def look(path, mask):
     """Return the Look of an image and its mask, or None. Raises InputError if they do not fit."""
     image, remark = open_image(path, "RGBA"), ""
     if image.getchannel("A").histogram()[0]:
-        remark = "have transparent pixels; they are trained on as any other"
+        remark = "have transparent pixels; they are used like all other pixels"
     if mask is None:
         return Look(image.size, remark, None)
     mask, where = read_mask(mask)
@@ -165,7 +166,7 @@ def look(path, mask):
 
 
 def look_at_all(pairs):
-    """Return {id: Look} of the images that can be used. Raises InputError if another one has a mask."""
+    """Return {id: Look} of the images that can be used. Raises InputError if an unusable one has a mask."""
     looks, broken = {}, 0
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         results = {id: pool.submit(look, *pair) for id, pair in pairs.items()}
@@ -177,7 +178,7 @@ def look_at_all(pairs):
             broken += annotated
             print(error if annotated else f"{error}; training goes on without it", file=sys.stderr)
     if broken:
-        raise InputError(f"{broken} annotated images cannot be used, each is named above; replace or remove them")
+        raise InputError(f"{broken} annotated images cannot be used; each is named above; replace or remove them")
     return looks
 
 
@@ -190,7 +191,7 @@ def read_names(file):
     names = list(read_classes(file)) if file.is_file() else []
     for name in names:
         if name.strip("_").lower() == "ignore":
-            raise InputError(f"{file} names {name}, which is 255 and no class; expected names of 0, 1, ...; remove it")
+            raise InputError(f"{file} names {name}; expected only the classes 0, 1, ...; remove it, it is always 255")
     return names
 
 
@@ -214,7 +215,7 @@ def read_table(file, names):
     """Return ({code: class or 255}, names) of a file for --colors. names: of classes.txt; []: in the file's order."""
     expected = "expected lines name,r,g,b or name,value, one for each class"
     if not Path(file).is_file():
-        raise InputError(f"--colors {file} is not there; {expected}")
+        raise InputError(f"--colors {file} does not exist; {expected}")
     rows = {}
     for line in read_text(file).splitlines():
         texts, numbers = split_line(line)
@@ -227,7 +228,7 @@ def read_table(file, names):
     named = [name for name in dict.fromkeys(rows.values()) if name != "ignore"]
     unknown = [name for name in named if names and name not in names]
     if unknown:
-        raise InputError(f"--colors {file} names {unknown[0]}, classes.txt does not; expected the same; correct one")
+        raise InputError(f"--colors {file} names {unknown[0]}, but classes.txt does not; correct one of the two files")
     names = names or named
     if not rows or not 2 <= len(names) <= NO_CLASS:
         raise InputError(f"--colors {file} names {len(named)} classes; expected 2 to {NO_CLASS}; {expected}")
@@ -280,7 +281,7 @@ Row = namedtuple("Row", "code label pixels masks")  # a line of the summary; lab
 
 
 def tally(masks, near=()):
-    """Return the Rows, the most frequent first. near: codes that --nearest decides on; they are summed up."""
+    """Return the Rows, the most frequent first. near: codes assigned by --nearest; they share one row."""
     pixels, paths = Counter(), {}
     for mask in masks:
         for code, count in zip(mask.codes, mask.pixels):
@@ -302,18 +303,18 @@ def show(rows, names, out):
 
 
 def problem_with(masks, names):
-    """Return why the masks are no class indices of these names, or ""."""
+    """Return why the masks are not class indices of these names, or ""."""
     odd = [mask for mask in masks if not mask.is_index_file]
     if odd:
-        problem = f"{len(odd)} masks are no PNG files of one 8-bit value per pixel, first {odd[0].path} ({odd[0].kind})"
-        return f"{problem}; JPEG changes values, better export PNG" if "JPEG" in odd[0].kind else problem
+        problem = f"{len(odd)} masks are not PNG of one 8-bit value per pixel, first {odd[0].path} ({odd[0].kind})"
+        return f"{problem}; JPEG changes values; export PNG instead" if "JPEG" in odd[0].kind else problem
     values = {code for mask in masks for code in mask.codes}
     unknown = sorted(values - set(index_table(names)), key=int)
     if unknown:
         first = next(mask.path for mask in masks if unknown[0] in mask.codes)
         return (
-            f"the masks hold {', '.join(unknown[:5])}, first {first}, and there are {len(names)} classes; if all are "
-            "indices, write a name for each from 0 on, often background first, into classes.txt"
+            f"the masks hold {', '.join(unknown[:5])}, first {first}, and there are {len(names)} classes; if they are "
+            "class indices, write all names into classes.txt, one per line, that of 0 (often background) first"
         )
     full = [mask.path for mask in masks if set(mask.codes) == {"0", "255"} and not mask.is_ours]
     ones = [mask.path for mask in masks if "1" in mask.codes]
@@ -334,7 +335,7 @@ def accept_indices(root, masks, names):
     rows = tally(masks)
     show(rows[:SHOWN], names, sys.stderr)
     if len(rows) > SHOWN:
-        print(f"{len(rows)} in all; of JPEG and soft edges list the true ones, and add --nearest", file=sys.stderr)
+        print(f"{len(rows)} values; for JPEG or soft edges list the true colors and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         if row.label == NO_CLASS:
             print(f"?,{row.code}", flush=True)
@@ -360,8 +361,8 @@ def apply_table(masks, names, file, by_distance):
     for mask in masks:
         if mask.stays and any(table.get(code, label) != label for code, label in mask.table.items()):
             raise InputError(
-                f"mask {mask.path} is class indices already, and its values have other classes in {file}; expected one "
-                "meaning; convert the new masks in a folder of their own"
+                f"mask {mask.path} holds class indices already, but {file} gives its values other classes; expected "
+                "the same classes; convert the new masks in a separate folder"
             )
     for row in tally(masks):
         if row.label == NO_CLASS:
@@ -383,7 +384,7 @@ def choose_validation(root, looks, masks, listed):
     if len(useful) < 2:
         raise InputError(f"{root} has {len(useful)} masks that show a class; expected two; annotate more images")
     if listed and (root / "val").is_dir():
-        raise InputError(f"--val {listed} and {root / 'val'} both say what to validate on; expected one; move val away")
+        raise InputError(f"--val {listed} and {root / 'val'} both name validation images; expected one; move val away")
     file = Path(listed or root / "val.txt")
     if (root / "val").is_dir():
         ids, chosen = [id for id in looks if id.startswith("val/")], "those of val/"
@@ -393,9 +394,9 @@ def choose_validation(root, looks, masks, listed):
         ids, chosen = useful[4::5] or useful[-1:], "every fifth mask by name; " + SERIES
     wrong = [id for id in ids if id not in looks or looks[id].mask is None]
     if wrong:
-        raise InputError(f"{wrong[0]} is to validate on and has no image or no mask; expected both, as of {useful[0]}")
+        raise InputError(f"validation image {wrong[0]} lacks image or mask; expected both, as {useful[0]} has")
     if set(useful) <= set(ids):
-        raise InputError(f"all masks are to validate on ({chosen}); expected some to learn from; choose fewer")
+        raise InputError(f"all masks are validation masks ({chosen}); expected some for training; choose fewer")
     return ids, chosen
 
 
@@ -407,7 +408,7 @@ def remarks_on_masks(masks, rows, names):
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
     yield f"255 is {ignored / total:.1%} of the pixels of the masks"
     if ignored > total / 2:
-        yield "what is 255 is never learned; give the background a class of its own if it is to be predicted"
+        yield "pixels of 255 are never learned; give the background a class of its own if it is to be predicted"
     shown = {row.label for row in rows}
     absent = [name for index, name in enumerate(names) if index not in shown]
     if absent:
@@ -415,7 +416,7 @@ def remarks_on_masks(masks, rows, names):
     single = [mask.path for mask in masks if len(set(mask.codes)) == 1]
     if single:
         what = f"{len(single)} of {len(masks)} masks hold a single value, first {single[0]}"
-        yield f"{what}; remove those of images that are not annotated yet: they are unlabeled then"
+        yield f"{what}; if an image is not annotated yet, remove its mask: it is then unlabeled"
 
 
 def remarks_on_folder(root, looks):
@@ -427,7 +428,7 @@ def remarks_on_folder(root, looks):
     for path in sorted(set(root.iterdir()) - set(folders)):
         count = sum(suffix(file) in READABLE for file in walk(path))
         if count and not path.name.startswith("masks-painted"):
-            yield f"{path} ({count} images) is not read; expected images in images/, those to validate on in val/images"
+            yield f"{path} ({count} images) is not read; expected images in images/, validation images in val/images"
     for remark in sorted({seen.remark for seen in looks.values() if seen.remark}):
         ids = [id for id, seen in looks.items() if seen.remark == remark]
         yield f"{len(ids)} images {remark}, first {ids[0]}"
@@ -479,12 +480,12 @@ def convert(place, changes):
 
 
 def shrink(root, side):
-    """Write the folder ROOT-side: images whose longer side is that, their masks, and the two lists. Return it."""
+    """Write the folder ROOT-side: images of at most `side` pixels, masks, the .txt files. Return it."""
     data = open_dataset("folder", root, "all", use=("labeled", "val"))
     place = root.resolve()
     target = place.with_name(f"{place.name}-{side}")
     if target.exists():
-        raise InputError(f"{target} is there already; expected a new folder; move it away first")
+        raise InputError(f"{target} already exists; expected a new folder; move it away first")
 
     def copy(item):
         with suppress(InputError):  # what is broken was named before
@@ -528,8 +529,8 @@ def parse_args(argv=None):
     parser.add_argument("folder", help="holds images/ and masks/, perhaps val/ with the same two")
     parser.add_argument("--colors", metavar="CSV", help="convert the masks; lines name,r,g,b or name,value")
     parser.add_argument("--nearest", action="store_true", help=f"with --colors: up to {NEAR} from a listed one")
-    parser.add_argument("--val", metavar="FILE", help="list of the images to validate on, one name per line")
-    parser.add_argument("--shrink", type=number(int, 32), metavar="N", help="write copies, N pixels on the longer side")
+    parser.add_argument("--val", metavar="FILE", help="list of the validation images, one name per line")
+    parser.add_argument("--shrink", type=number(int, 32), metavar="N", help="write copies of at most N pixels")
     return parser.parse_args(argv)
 
 
@@ -548,7 +549,7 @@ def main(args):
         names, masks = accept_indices(root, masks, names)
     val, chosen = choose_validation(root, looks, masks, args.val)
 
-    print(f"{len(looks)} images, {len(masks)} masks; {len(val)} to validate on: {chosen}")
+    print(f"{len(looks)} images, {len(masks)} masks; {len(val)} for validation: {chosen}")
     rows = tally(masks, near)
     show(rows, names, sys.stdout)
     for remark in (*remarks_on_masks(masks, rows, names), *remarks_on_folder(root, looks)):

@@ -4,10 +4,15 @@
     python tools/predict.py runs/first/last.pth --images one.jpg --masks proposed --pseudo-labels  # 255: unsure
     torchrun --nproc_per_node=8 tools/predict.py runs/first/last.pth --images photographs --masks predicted
 
-Writes OUT/NAME.png, the class indices with a palette; OUT-overlays/NAME.png, the image under the colors; OUT-sheet.png,
-twelve images beside their overlays; with --confidence OUT-confidence/NAME.png, the margin between the best two classes,
-0..255; and with --probabilities OUT-probabilities/NAME.npz: prob (C,H,W) float16, and classes, their names. A mask that
-is there already is kept. Transparent pixels get 255.
+It writes:
+
+    OUT/NAME.png                  class indices with a palette; 255 for transparent pixels
+    OUT-overlays/NAME.png         the image under the colors
+    OUT-sheet.png                 up to twelve images beside their overlays
+    OUT-confidence/NAME.png       with --confidence: the margin between the best two classes, 0..255
+    OUT-probabilities/NAME.npz    with --probabilities: prob (C,H,W) float16, and classes, their names
+
+A mask that exists already is kept.
 """
 
 import argparse
@@ -38,7 +43,7 @@ LARGE = 1024  # pixels; images with a longer side are predicted in windows of th
 
 
 def find_images(args):
-    """Return {name of its mask, without .png: image}, and a sentence on files that are no images. Raises InputError."""
+    """Return {name of its mask, without .png: image}, and a sentence on other files. Raises InputError."""
     folder = Path(args.images)
     if folder.is_file():
         others, paths = left_out([folder]), {folder.stem: folder}
@@ -66,23 +71,23 @@ def parse_args(argv=None):
     add("checkpoint", help="last.pth or best.pth of a run")
     add("--images", required=True, metavar="DIR", help="folder of images, nested or not, or one image")
     add("--masks", required=True, type=Path, metavar="OUT", help="folder for the masks, outside of DIR")
-    add("--pseudo-labels", action="store_true", help="255 where the run's method gives no label")
-    add("--threshold", type=float, help="of --pseudo-labels; default: the run's, or the alpha0-quantile of each image")
+    add("--pseudo-labels", action="store_true", help="255 for pixels that the run's method does not keep")
+    add("--threshold", type=float, help="of --pseudo-labels; default: the run's, or DPA's of each image")
     add("--confidence", action="store_true", help="also write the margin as gray images")
     add("--probabilities", action="store_true", help="also write every class's probability; large files")
     add("--shrink", type=number(int, 32), metavar="N", help="predict images as large as own_images.py --shrink N makes")
-    add("--eval-mode", choices=("original", "sliding"), help=f"default: original, windows of {LARGE} pixels above")
+    add("--eval-mode", choices=("original", "sliding"), help=f"default: original; larger than {LARGE} pixels: sliding")
     add("--tta", action="store_true", help="mean over flips and the scales 0.75, 1 and 1.25")
     add("--refine", action="store_true", help="refine the prediction, Sec. 4.2, with the run's options")
-    add("--bilateral", action="store_true", help="first the mean with the mirrored image, filtered by color [ours]")
-    add("--workers", type=number(int, 0), default=0, help="loader processes of each process; default: 0")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    add("--bilateral", action="store_true", help="mean with the mirrored image, then a filter by color [ours]")
+    add("--workers", type=number(int, 0), default=0, help="loader workers of each process; default: 0")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     args = parser.parse_args(argv)
     args.masks = args.masks.resolve()
     if args.threshold is not None and not args.pseudo_labels:
-        parser.error("--threshold says which pixels get a pseudo-label; expected --pseudo-labels beside it")
+        parser.error("--threshold says which pixels get a pseudo-label; add --pseudo-labels")
     if args.refine and args.pseudo_labels:
-        parser.error("--pseudo-labels refines as the run did; expected it without --refine")
+        parser.error("--pseudo-labels refines as the run did; leave out --refine")
     return args
 
 
@@ -164,7 +169,7 @@ def write_masks(missing, checkpoint, device, args):
 
 @torch.no_grad()
 def main(args):
-    """Write the masks that are not there yet. Raises InputError for unreadable images, after all others are done."""
+    """Write the masks that do not exist yet. Raises InputError for unreadable images, after all others are done."""
     paths, others = find_images(args)
     checkpoint = load_checkpoint(args.checkpoint)
     device = start_processes(args.device)
@@ -180,8 +185,8 @@ def main(args):
         print(others)
     if kept:
         print(
-            f"{kept} masks were in {args.masks} already and are kept, whatever checkpoint and options made them; files "
-            "beside them, such as of --confidence, are not written; use another --masks to have all"
+            f"{kept} existing masks in {args.masks} are kept, even if another checkpoint or option made them, and "
+            "their other files (--confidence, ...) are not written; to write all, use another --masks"
         )
     names = ", ".join(f"{index} {name}" for index, name in enumerate(checkpoint["classes"]))
     print(f"{written} masks written to {args.masks}: {names}, 255 no label")

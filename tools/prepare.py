@@ -1,8 +1,8 @@
-"""Downloads PASCAL VOC 2012, says what to download of Cityscapes, and checks the files of any dataset.
+"""Download PASCAL VOC 2012, say what to download of Cityscapes, and check the files of any dataset.
 
     python tools/prepare.py pascal --root data                               # 2 GB; --sbd: coarse masks too, 1.4 GB
     python tools/prepare.py cityscapes --root data                           # what to download, and what is there
-    python tools/prepare.py check --dataset pascal --root data --labeled 92  # reads every image and mask in use
+    python tools/prepare.py check --dataset pascal --root data --labeled 92  # reads every image and mask
 """
 
 import argparse
@@ -24,7 +24,7 @@ from evaluate import run_script  # noqa: E402
 
 
 def missing_of_pascal(root, sbd):
-    """Ids of the lists whose image or mask is not under the root; coarse masks count only with sbd."""
+    """Return the ids of the lists whose image or mask is not under the root; coarse masks count only with sbd."""
     lists = SPLITS / "pascal"
     try:
         items = list_pascal(root, lists)
@@ -36,7 +36,7 @@ def missing_of_pascal(root, sbd):
 
 
 def pascal(args):
-    """VOC 2012 by torchvision; with --sbd also SegmentationClassAug/, from SBD's MATLAB files."""
+    """Download VOC 2012 with torchvision; with --sbd also make SegmentationClassAug/, from SBD's MATLAB files."""
     root = Path(args.root)
     if args.sbd:
         try:
@@ -52,7 +52,8 @@ def pascal(args):
         raise InputError(f"the download to {root} failed ({error}); run the same command again") from error
     missing = missing_of_pascal(root, sbd=False)
     if missing:
-        raise InputError(f"{root} lacks files of {len(missing)} images, first {missing[0]}; remove it and start again")
+        advice = "remove VOC2012 there and run the same command again"
+        raise InputError(f"{root} lacks files of {len(missing)} images, first {missing[0]}; {advice}")
     folder = list_pascal(root, SPLITS / "pascal")["val"][0].image.parent.parent
     coarse = missing_of_pascal(root, sbd=True) if args.sbd else []
     if coarse:
@@ -64,7 +65,7 @@ def pascal(args):
 
 
 def cityscapes(args):
-    """What to download, for Cityscapes needs an account, and what is there."""
+    """Say what to download of Cityscapes, and what is there already."""
     print(
         "Cityscapes needs an account: https://www.cityscapes-dataset.com/downloads\n"
         "Download leftImg8bit_trainvaltest.zip (11 GB) and gtFine_trainvaltest.zip (241 MB), "
@@ -81,7 +82,7 @@ def cityscapes(args):
 
 
 def check(args):
-    """Read every image and mask in use and print what they hold. Raises InputError after naming what is wrong."""
+    """Read every image and mask of the dataset and print what they hold. Raises InputError if some are wrong."""
     data = open_dataset(args.dataset, args.root, args.labeled, args.splits, use=())
     sizes, pixels, problems = Counter(), np.zeros(256, np.int64), []
 
@@ -119,7 +120,7 @@ def check(args):
         print(f"{value:4} {name:20} {pixels[value] / pixels.sum():7.2%} of the mask pixels")
     if problems:
         print("\n".join(problems), file=sys.stderr)
-        raise InputError(f"{len(problems)} files are missing or broken, each is named above; add or replace them")
+        raise InputError(f"{len(problems)} files are missing or broken; each is named above; add or replace them")
     print("nothing is missing, nothing is broken")
 
 
@@ -141,7 +142,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """Runs one command."""
+    """Run one command."""
     args.command(args)
 
 

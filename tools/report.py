@@ -1,11 +1,11 @@
-"""The pseudo-labels of a run: how many and how right, raw against refined; Figs. 4, 5 and 6.
+"""Pseudo-labels of a run: how many are kept and correct, raw and refined; Figs. 4, 5 and 6.
 
     python tools/report.py runs/shapes-24-s4mc-fixmatch-0                     # of its last.pth
     python tools/report.py runs/shapes-24-s4mc-fixmatch-0/best.pth --figures figures --json labels.json
 
-Counts pixels of the unlabeled images whose ground truth is known. The threshold is that of evaluate.py --pseudo-labels,
-chosen from the raw confidence, so refinement may just let more pixels pass. Therefore both are compared at equal
-coverage too: the share of right labels among the surest 20 to 90% of the pixels; "area" is its mean over all coverages.
+It counts the annotated pixels of the unlabeled images. The threshold is that of evaluate.py --pseudo-labels. It comes
+from the raw confidence, so refinement may only let more pixels pass. So both are also compared at equal coverage: the
+accuracy of the 20 to 90% most confident pixels. "area" is its mean over all coverages.
 """
 
 import argparse
@@ -73,8 +73,11 @@ def coverage_accuracy(counts):
 
 
 def summarize(labels, bins, classes):
-    """{"raw" and "refined": {"kept": {class: share of the pixels called so that get a label}, "correct": {class: share
-    of these that are right}, "coverage", "coverage_near_contours": see `coverage_accuracy`}}; None: of no pixels."""
+    """Return {"raw" and "refined": {"kept", "correct", "coverage", "coverage_near_contours"}}.
+
+    kept: {class: share of its predicted pixels that are kept}; correct: {class: share of the kept pixels that are
+    correct}; None means no such pixels. The coverages are those of `coverage_accuracy`.
+    """
     report = {}
     for name, label, one in zip(("raw", "refined"), labels, bins):
         by_class = dict(zip(classes, label)) | {"together": label.sum(0)}  # (dropped or kept, wrong or right) each
@@ -91,8 +94,8 @@ def table(report):
     """The report as lines of text, in percent."""
     lines = []
     for first, second, *titles in (
-        ("kept", "correct", "pixels called", "given a label", "right, of these"),
-        ("coverage", "coverage_near_contours", "surest pixels", "right", "near contours"),
+        ("kept", "correct", "predicted class", "kept", "correct"),
+        ("coverage", "coverage_near_contours", "most confident", "correct", "near contours"),
     ):
         width = max(24, *map(len, report["raw"][first]))
         lines.append(f"{titles[0]:{width}}{titles[1]:>20}{titles[2]:>20}")
@@ -115,9 +118,9 @@ def read_log(run):
 
 
 CURVES = {  # of Figs. 4 and 5, {title: {legend: key of the log}}
-    "given a label": {"refined": "kept", "raw": "kept_raw"},
-    "right, of these": {"refined": "correct", "raw": "correct_raw"},
-    "added by refinement": {"right labels": "tp_change", "wrong labels": "fp_change"},
+    "kept": {"refined": "kept", "raw": "kept_raw"},
+    "correct": {"refined": "correct", "raw": "correct_raw"},
+    "added by refinement": {"correct labels": "tp_change", "wrong labels": "fp_change"},
 }
 
 
@@ -153,7 +156,7 @@ def parse_args(argv=None):
     add("--figures", metavar="DIR", help="also draw Figs. 4, 5 and 6 there; needs matplotlib")
     add("--json", metavar="FILE", help="also write the numbers there, 0..1")
     add("--root", help="folder of the dataset; default: the one of the run")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU where there is one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     return parser.parse_args(argv)
 
 
