@@ -167,8 +167,8 @@ def sections(settings):
     args = every[0]
     commits = ", ".join(sorted({(of.get("commit") or "?")[:7] for of in every}))
     about = (
-        f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images,\n"
-        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only, {args['optimizer']}, "
+        f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images.\n"
+        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only. {args['optimizer']}, "
         f"learning rates {args['lr']} / {args['head_lr']}."
     )
     scores = scores_of(settings, dataset)

@@ -636,7 +636,7 @@ def test_bfloat16_is_the_default_only_on_gpus_that_do_not_emulate_it(monkeypatch
 
 @pytest.mark.parametrize("options, says", [
     ("--alpha0 2", "2 is out of range; expected at least 0 and at most 1"),
-    ("--epochs 3 --iters 9", "--epochs and --iters both give the length"),
+    ("--epochs 3 --iters 9", "a length is given twice"),
     ("--backbone dinov2_vits14 --output-stride 16", "--output-stride has no meaning for dinov2_vits14"),
     ("--prior --dilation 2", "--prior is counted over adjacent pixels; expected --dilation 1 with it"),
 ])  # fmt: skip
