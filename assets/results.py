@@ -19,10 +19,10 @@ METHODS = {  # in the order of the tables: title, options of train.py
     "supervised": ("supervised", "--framework supervised"),
     "supervised-long": ("supervised, 1,080 steps: equal minutes", "--framework supervised --iters 1080"),
     "fixmatch": ("FixMatch", "--no-s4mc"),
-    "fixmatch-ema": ("FixMatch, `--ema 0.95`", "--no-s4mc --ema 0.95"),
+    "fixmatch-ema": ("FixMatch with `--ema 0.95`", "--no-s4mc --ema 0.95"),
     "two-views": ("FixMatch with two strong views", "--framework unimatch --no-s4mc"),
     "dpa": ("DPA without refinement", "--no-refinement"),
-    "dpa-lower": ("DPA, alpha0 0.337, which keeps as many as S4MC", "--no-refinement --alpha0 0.337"),
+    "dpa-lower": ("DPA with a lower alpha0, 0.337, which keeps as many as S4MC", "--no-refinement --alpha0 0.337"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "preset": ("S4MC, `--unsup-norm valid --floor 0.95` [ours]", "--unsup-norm valid --floor 0.95"),
     "preset-views": ("S4MC, two views, floor 0.95", "--framework unimatch --unsup-norm valid --floor 0.95"),
@@ -177,7 +177,8 @@ def sections(settings):
         columns = [(f"{name}, {labeled} labels", name, labeled) for _, name, labeled in columns]
     more = [(f"mIoU, {labeled} labels", "mIoU", labeled) for labeled in lists[1:]]
     tables = [method_table(scores, columns + more), pair_table(scores, columns[:3] + more)]
-    readme = f"{about}\n\n{method_table(scores, columns[:3])}"
+    several = {method: of for method, of in scores.items() if len(values(scores, method, "mIoU", lists[0])) > 1}
+    readme = f"{about}\n\n{method_table(several, columns[:3])}"
     return readme, f"{about}\ntorch {args['torch']}, project at {commits}.\n\n" + "\n".join(filter(None, tables))
 
 
@@ -187,7 +188,9 @@ def parts():
     found["results"] = sections("fair")[0]
     found["rarest"] = "".join(f"{dataset}: {', '.join(names)}.\n" for dataset, names in RARE.items())
     columns = [(f"{time} minutes", "mIoU", f"{time}min") for time in (2, 5, 15)]
-    found["people"] = seed_table(scores_of("people"), columns)
+    people = scores_of("people")
+    found["people"] = seed_table(people, columns)
+    found["masks"] = seed_table({method: people[method] for method in ("supervised", "preset", "rival")}, columns[1:])
     shapes = scores_of("shapes")
     ours, alone = (values(shapes, method, "mIoU", "24") for method in ("s4mc", "supervised"))
     found["shapes"] = (
@@ -210,7 +213,7 @@ def draw():
     for place, method in enumerate(scores):
         for key, style in (("kept", "-"), ("correct", ":")):
             for (labeled, _), of in runs[method].items():
-                steps = {line["step"]: 100 * line[key] for line in of if key in line and labeled == "183"}
+                steps = {line["step"]: 100 * line[key] for line in of if line.get("kept") and labeled == "183"}
                 labels.plot(list(steps), list(steps.values()), style, color=f"C{place}")
         own = values(scores, method, "mIoU", "183")
         points.plot(list(own.values()), [place] * len(own), "o", color=f"C{place}")
@@ -218,10 +221,10 @@ def draw():
             both = values(scores, method, name, "183")
             gains = [both[key] - base[name][key] for key in both if key in base[name]]
             differences.plot(gains, [place] * len(gains), mark, color=f"C{place}", markersize=8)
-    labels.set(title="labels kept (line), correct (dots), each run", xlabel="step", ylabel="%")
-    points.set(title="mIoU of each run, 183 labels", xlabel="%")
-    differences.set(title="minus FixMatch of the same seed: mIoU (o), boundary (|)", xlabel="points")
-    points.set_yticks(range(len(scores)), [METHODS[method][0].replace("`", "")[:38] for method in scores])
+    labels.set(title="labels kept (line), correct (dots)", xlabel="step", ylabel="%")
+    points.set(title="mIoU of each run", xlabel="%")
+    differences.set(title="minus FixMatch, same seed", xlabel="points of mIoU (o), boundary IoU (|)")
+    points.set_yticks(range(len(scores)), [METHODS[method][0].replace("`", "").split(",")[0] for method in scores])
     differences.set_yticks(range(len(scores)), [""] * len(scores))
     for axis in (points, differences):
         axis.invert_yaxis()
