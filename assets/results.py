@@ -22,7 +22,7 @@ METHODS = {  # in the order of the tables: title, options of train.py
     "fixmatch-ema": ("FixMatch with `--ema 0.95`", "--no-s4mc --ema 0.95"),
     "two-views": ("FixMatch with two strong views", "--framework unimatch --no-s4mc"),
     "dpa": ("DPA without refinement", "--no-refinement"),
-    "dpa-lower": ("DPA with a lower alpha0, 0.337, which keeps as many as S4MC", "--no-refinement --alpha0 0.337"),
+    "dpa-lower": ("DPA with alpha0 0.337, which keeps as many as S4MC", "--no-refinement --alpha0 0.337"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "preset": ("S4MC, `--unsup-norm valid --floor 0.95` [ours]", "--unsup-norm valid --floor 0.95"),
     "preset-views": ("S4MC, two views, floor 0.95", "--framework unimatch --unsup-norm valid --floor 0.95"),
@@ -32,7 +32,7 @@ METHODS = {  # in the order of the tables: title, options of train.py
 }
 PAIRS = (  # one method minus another
     ("what refinement adds: S4MC - DPA", "s4mc", "dpa"),
-    ("the same at equal kept: S4MC - DPA with a lowered alpha", "s4mc", "dpa-lower"),
+    ("the same at equal kept: S4MC - DPA with alpha0 0.337", "s4mc", "dpa-lower"),
     ("S4MC - supervised", "s4mc", "supervised"),
     ("preset of photographs - FixMatch", "preset", "fixmatch"),
     ("preset of photographs - supervised", "preset", "supervised"),
