@@ -320,6 +320,11 @@ def is_logged(args, done):
 # set-up
 
 
+def method_name(args):
+    """Return the framework, with s4mc- before it if the pseudo-labels are the paper's."""
+    return f"s4mc-{args.framework}" if args.s4mc and args.framework != "supervised" else args.framework
+
+
 def fill_presets(given, device):
     """Return the arguments, in which every option that was left out takes the preset of the dataset."""
     preset = dict(PRESETS[given.dataset])
@@ -343,8 +348,7 @@ def fill_presets(given, device):
     if args.amp is None:  # older GPUs only emulate bfloat16, slowly
         args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.out is None:
-        method = f"s4mc-{framework}" if args.s4mc and framework != "supervised" else framework
-        args.out = f"runs/{args.dataset}-{Path(args.labeled).stem}-{method}-{args.seed}"
+        args.out = f"runs/{args.dataset}-{Path(args.labeled).stem}-{method_name(args)}-{args.seed}"
     return args
 
 
@@ -525,7 +529,7 @@ def open_run(args, first, device):
     images = f"{args.batch_size} labeled"
     if args.framework != "supervised":
         images += f" + {args.batch_size} unlabeled images, the first {args.warmup_iters} with labeled images only"
-    say(f"{args.framework}, {args.backbone} on {args.processes} x {name}; {args.iters} steps of {images}")
+    say(f"{method_name(args)}, {args.backbone} on {args.processes} x {name}; {args.iters} steps of {images}")
     say(f"{f'continues after step {first}' if first else 'starts'}, writes to {out}")
     return SummaryWriter(out / "tensorboard", purge_step=first + 1) if args.tensorboard else None
 

@@ -194,6 +194,19 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
     refused(r"\d is not in .*classes.csv", root, "--colors", table)  # indices are never read as colors
 
 
+def test_masks_of_0_and_255_can_be_added_after_a_conversion(tmp_path, capsys):
+    root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
+    foreground = {id: mask > 0 for id, mask in masks_of(root).items()}
+    change_masks(root, lambda m, _: (m > 0) * np.uint8(255))
+    refused("the masks hold only 0 and 255, and 255 means not annotated", root)
+    table.write_text("soil,0\nplant,255\n")
+    call(root, "--colors", table)
+    Image.fromarray(foreground["photo 3"] * np.uint8(255)).save(root / "masks" / "photo 3.png")
+    call(root, "--colors", table)
+    assert "1 masks to convert; 5 are class indices already and stay" in capsys.readouterr().out
+    assert all(np.array_equal(mask, foreground[id]) for id, mask in masks_of(root).items())
+
+
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")

@@ -651,7 +651,7 @@ def test_a_run_says_first_what_it_trains_on_and_then_a_line_per_log(run, tmp_pat
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == [
         "camvid: 2 labeled, 4 unlabeled, 3 validation images",
-        "fixmatch, resnet10 on 1 x CPU; 2 steps of 2 labeled + 2 unlabeled images, "
+        "s4mc-fixmatch, resnet10 on 1 x CPU; 2 steps of 2 labeled + 2 unlabeled images, "
         "the first 1 with labeled images only",
         f"starts, writes to {tmp_path / 'run'}",
     ]

@@ -320,6 +320,8 @@ def problem_with(masks, names):
     ones = [mask.path for mask in masks if "1" in mask.codes]
     if full and ones and values == {"0", "1", "255"}:  # 255 may be what 1 is in other masks
         return f"{len(full)} masks hold only 0 and 255, first {full[0]}, and {len(ones)} hold 1, first {ones[0]}"
+    if values == {"0", str(IGNORE)}:
+        return "the masks hold only 0 and 255, and 255 means not annotated"
     return "" if len(values - {str(IGNORE)}) > 1 else "the masks hold fewer than two classes"
 
 
@@ -359,7 +361,7 @@ def apply_table(masks, names, file, by_distance):
         near = {code: nearest(code, table) for code in codes - set(table)}
     masks = [mask if mask.stays else mask._replace(table=table | near) for mask in masks]
     for mask in masks:
-        if mask.stays and any(table.get(code, label) != label for code, label in mask.table.items()):
+        if mask.stays and any(table.get(code, mask.table[code]) != mask.table[code] for code in mask.codes):
             raise InputError(
                 f"mask {mask.path} holds class indices already, but {file} gives its values other classes; expected "
                 "the same classes; convert the new masks in a separate folder"
