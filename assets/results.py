@@ -178,7 +178,8 @@ def sections(settings):
     more = [(f"mIoU, {labeled} labels", "mIoU", labeled) for labeled in lists[1:]]
     tables = [method_table(scores, columns + more), pair_table(scores, columns[:3] + more)]
     several = {method: of for method, of in scores.items() if len(values(scores, method, "mIoU", lists[0])) > 1}
-    readme = f"{about}\n\n{method_table(several, columns[:3])}"
+    short = [(name, name, lists[0]) for name in MEASURES[:3]]
+    readme = f"{about.replace('**:', f', {lists[0]} labels**:')}\n\n{method_table(several, short)}"
     return readme, f"{about}\ntorch {args['torch']}, project at {commits}.\n\n" + "\n".join(filter(None, tables))
 
 
