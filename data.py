@@ -411,7 +411,8 @@ def what_is_lost(image, mode):
 
 
 def open_image(path, mode):
-    """Return an upright image ("RGB", "RGBA"), or a mask's values as stored ("L"). Raises InputError."""
+    """Return an upright image ("RGB", "RGBA"), or a mask's values as stored ("L"). Raises InputError, also if
+    Pillow would lose values."""
     try:
         with Image.open(path) as image:
             lost = what_is_lost(image, mode)
@@ -647,7 +648,7 @@ def sample_numbers(step, batch_size):
 
 
 class TrainingViews(Dataset):
-    """Views, indexed by (number of the sample, with an unlabeled image?, with that image's mask?).
+    """Views, indexed by (number of the sample, load an unlabeled image or not, load its mask or not).
 
     x (3,crop,crop) uint8, y (crop,crop) uint8; weak like x; valid (crop,crop) bool, False on padding; truth like y, for
     numbers in the log only, 255 if nothing is annotated. Strong views are made on the device, by `strong_views`.

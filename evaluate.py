@@ -259,7 +259,8 @@ def label_figures(counts):
     """Return the numbers of Figs. 4 and 5 from the counts: shares of pixels, 0..1, with and without refinement.
 
     kept, kept_raw: of the valid pixels, those given a label. correct, correct_raw: of the labels with ground truth,
-    those that are correct. tp_change, fp_change: correct and wrong labels added by refinement, by annotated pixels.
+    those that are correct. tp_change, fp_change: correct and wrong labels that refinement adds, as
+    shares of the annotated pixels.
     """
     valid, known, kept_raw, judged_raw, right_raw, kept, judged, right = counts.tolist()
     figures = {"kept": kept / max(valid, 1), "kept_raw": kept_raw / max(valid, 1)}

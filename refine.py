@@ -95,7 +95,7 @@ def offsets(neighborhood, dilation=1, distance_weight=True):
 
     beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid. Without `distance_weight` it is 1, as in Eqs. 7-9.
     neighborhood: 3, 5 or 7 for the N x N square without its center; "cross" for up, down, left and right.
-    dilation: pixels between neighbors, 1 = adjacent [ours]. Raises ValueError for an unknown neighborhood or dilation.
+    dilation: distance of neighbors in pixels [ours]. Raises ValueError for an unknown neighborhood or dilation.
     """
     # Paper: beta is introduced for the larger neighborhoods. Authors' code: 0.607 for each neighbor of their cross.
     # Here: Eq. 10 for every neighborhood, 0.607 beside the pixel and 0.368 on the diagonal.
@@ -159,7 +159,7 @@ def _refine_with_best_neighbor(p, grid):
 
 
 def _refine_with_options(prob, grid, neighbors, select, prior, generator):
-    """Several, random or worst neighbors (Table 4a) and the prior (Eq. 16); slower, because it keeps all unions."""
+    """Several, random or worst neighbors (Table 4a) and the prior (Eq. 16); slower; keeps all unions in memory."""
     q = torch.stack(_neighbors(prob, grid))  # (N,B,C,H,W)
     beta = q.new_tensor([beta for _, _, beta in grid]).view(-1, 1, 1, 1, 1)
     free = (q.sum(2, keepdim=True) > 0).expand_as(q)  # exists and is not yet taken

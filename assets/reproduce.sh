@@ -28,7 +28,8 @@ case $SETTINGS in
         common+=" --warmup-iters 100 --optimizer adamw --lr 0.0002 --head-lr 0.001 --lr-warmup 0.1" ;;
     camvid)
         lists=46 methods="fixmatch preset-views preset-long"
-        common="--dataset camvid --root $CAMVID --crop 128 --batch-size 4 --iters 2000 --warmup-iters 200" ;;
+        common="--dataset camvid --root $CAMVID --framework fixmatch --crop 128 --batch-size 4 --iters 2000"
+        common+=" --warmup-iters 200" ;;
     *) echo "SETTINGS is $SETTINGS; expected fair or camvid" && exit 1 ;;
 esac
 common+=" --backbone mobilenet_v2 --weights $WEIGHTS --log-every 25 --eval-every 1000000 --workers 1"

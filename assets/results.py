@@ -17,7 +17,6 @@ ASSETS = Path(__file__).resolve().parent
 PAGES = [ASSETS.parent / name for name in ("docs/results.md", "docs/benchmarks.md", "README.md")]
 METHODS = {  # in the order of the tables: title, options of train.py
     "supervised": ("supervised", "--framework supervised"),
-    "supervised-long": ("supervised, 1,080 steps: equal minutes", "--framework supervised --iters 1080"),
     "fixmatch": ("FixMatch", "--no-s4mc"),
     "fixmatch-ema": ("FixMatch with `--ema 0.95`", "--no-s4mc --ema 0.95"),
     "two-views": ("FixMatch with two strong views", "--framework unimatch --no-s4mc"),
@@ -35,7 +34,6 @@ PAIRS = (  # one method minus another
     ("the same at equal kept: S4MC - DPA with alpha0 0.337", "s4mc", "dpa-lower"),
     ("S4MC - supervised", "s4mc", "supervised"),
     ("preset of photographs - FixMatch", "preset", "fixmatch"),
-    ("preset of photographs - supervised", "preset", "supervised"),
 )
 SETTINGS = {  # title, dataset, lists
     "fair": ("PASCAL VOC 2012, 256 pixels, 5,398 training photographs", "pascal", ("183", "732")),

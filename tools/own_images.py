@@ -41,7 +41,7 @@ NEAR = 16  # of 255 in each channel; with --nearest, a pixel this close to a lis
 SHOWN = 40  # lines to fill in at most
 SERIES = "keep frames of one video, or tiles of one image, in one part: use --val FILE or a folder val/"
 MOST = 65536  # colors of a mask; a photograph has more
-LARGE = 1500  # pixels; above this, smaller copies train better
+LARGE = 1500  # pixels; above this, smaller copies are advised
 CONVERTERS = {
     ".heic .heif": "a photograph from a phone; `magick mogrify -format jpg *.heic` converts it",
     ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2": "raw data from a camera; export JPEG files from your raw converter",
