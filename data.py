@@ -728,6 +728,13 @@ def ignore_signals(worker):
     """Leave stop signals to the main process, which saves and then ends its loader workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = report_unless_interrupted
+
+
+def report_unless_interrupted(kind, error, trace):
+    """Print an error of a loader worker's thread, unless the main process was interrupted while it took a batch."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @atexit.register

@@ -6,8 +6,10 @@ import itertools
 import os
 import re
 import shutil
+import socket
 import struct
 import zlib
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -503,6 +505,19 @@ def test_neither_workers_nor_an_interruption_nor_processes_change_a_batch(shapes
         shares.append(batches(shapes, range(4), 2))
     for batch, *parts in zip(whole, *shares):
         assert same(batch, {name: np.concatenate([part[name] for part in parts]) for name in batch})
+
+
+def test_a_worker_says_nothing_if_the_main_process_is_interrupted_while_it_takes_a_batch(shapes, monkeypatch, capfd):
+    take = DupFd.detach
+
+    def interrupted_before(handle):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(handle._id[0])  # and close it at once, as an interrupted process does
+        return take(handle)  # after it, because the worker serves one connection at a time
+
+    monkeypatch.setattr(DupFd, "detach", interrupted_before)
+    assert len(batches(shapes, range(2), 1, workers=1)) == 2
+    assert capfd.readouterr().err == ""
 
 
 def test_an_unlabeled_image_is_opened_after_the_warm_up_and_its_ground_truth_for_logged_steps(shapes, monkeypatch):
