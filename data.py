@@ -332,7 +332,7 @@ def check_files(data, part, root):
     if not items:
         advice = "expected some"
         if part == "unlabeled":
-            advice = "use --framework supervised, or fewer labels"
+            advice = "all are labeled; use --framework supervised, or lower --labeled"
         raise InputError(f"{data.name} under {root} has no {part} images; {advice}")
     for kind in ("image", "mask"):
         missing = [item.id for item in items if getattr(item, kind) is None]
@@ -687,7 +687,10 @@ class TrainingViews(Dataset):
                 if item.id not in self.warned:
                     print(f"warning: {error}; the next image is used", file=sys.stderr, flush=True)
                 self.warned.add(item.id)
-        raise InputError("none of the unlabeled images can be read; `python tools/prepare.py check` names them")
+        raise InputError(
+            f"none of the unlabeled images can be read; `python tools/prepare.py check --dataset {self.data.name}` "
+            "names them"
+        )
 
 
 def training_loader(data, steps, batch_size, crop, seed, workers=0, unlabeled=None, truth=None, pin_memory=False):

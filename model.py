@@ -161,8 +161,8 @@ def load_weights(net, name, weights):
     except Exception as error:  # no network, no file, another network's weights, or none are published
         source = "DINOv2" if name.startswith("dinov2") else "torchvision"
         raise InputError(
-            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs a "
-            f"network the first time), none, or a file with {source}'s state dict"
+            f"--weights {weights} could not be loaded into {name} ({_reason(error)}); expected pretrained (needs "
+            f"internet access the first time), none, or a file with {source}'s state dict"
         ) from error
 
 

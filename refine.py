@@ -15,10 +15,10 @@ This file needs only PyTorch. It can be copied into another project as it is.
     beta_lm             beta             number      0..1, Eq. 10
     kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
     gamma_t             threshold        0-d         like confidence
-    alpha_t, alpha_0    alpha, alpha0    number      0..1, share of pixels whose raw confidence is at most gamma_t
+    alpha_t, alpha_0    alpha, alpha0    number      0..1, gamma_t is this quantile of the raw confidences
     y^_jk               label            (B,H,W)     0..C-1, or 255: the pixel is ignored
 
-An example to follow by hand. Four pixels a, b, c and d lie in a row, with three classes:
+An example to follow by hand, printed with three digits. Four pixels a, b, c and d lie in a row, with three classes:
 
 >>> prob = torch.tensor([[.70, .20, .10], [.45, .30, .25], [.50, .40, .10], [.20, .70, .10]]).T.view(1, 3, 1, 4)
 >>> confidence(prob).flatten()                                       # Eq. 5, raw
@@ -52,7 +52,7 @@ def confidence(prob, kind="margin"):
 
     margin:   max_c p_c - max2_c p_c      Eq. 5 (= 13), 0..1
     max:      max_c p_c                   Eq. 11, 0..1
-    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may fall below
+    entropy:  sum_c p_c log p_c           Eq. 12, the negative entropy, -log C..0; refined, it may be below -log C
     Refined probabilities go into the same formulas, Sec. 3.2.2. Raises ValueError for another kind.
     """
     return confidence_and_label(prob, kind)[0]
@@ -150,7 +150,7 @@ def refine(
 
 
 def _refine_with_best_neighbor(p, grid):
-    """The method of the paper. A neighbor that does not exist has q = 0; its union is p and changes nothing."""
+    """The default options. A neighbor that does not exist has q = 0; its union is p and changes nothing."""
     best = torch.zeros_like(p)
     for q, (_, _, beta) in zip(_neighbors(p, grid), grid):
         # Eq. 14: joint = p q. Eq. 10: union = p + beta (q - joint) = p + (1 - p) beta q.
@@ -183,7 +183,7 @@ def neighbor_agreement(labels, num_classes, neighborhood=3):
     labels (B,H,W): integers 0..num_classes-1, or 255. A pixel that is 255 has no class; a neighbor that is 255
     disagrees. Returns (num_classes,), 0..1; 0 for a class that never occurs. Raises ValueError for any other label.
     """
-    # In PASCAL 255 separates the classes. If it did not count, all neighbors would agree.
+    # In PASCAL 255 lies between the classes. Without it almost all neighbors would agree.
     if ((labels != IGNORE) & ((labels < 0) | (labels >= num_classes))).any():
         raise ValueError(f"labels hold values outside 0..{num_classes - 1} and 255")
     labels = labels.long()
@@ -207,7 +207,8 @@ def dpa_threshold(conf, alpha, valid=None, everywhere=True):
     conf: any shape, any range, of the same size in every process; alpha: 0..1; valid: bool like conf, True on pixels
     that count (default: all); everywhere=False leaves out the other processes.
     Returns a 0-d tensor on conf's device: of the n valid pixels, the one at place floor(alpha * (n - 1)) when sorted.
-    It equals torch.quantile(..., interpolation="lower"), and is +inf if n is 0. Raises ValueError for another alpha.
+    It equals torch.quantile(..., interpolation="lower"), and is +inf if n is 0.
+    Raises ValueError if alpha is outside 0..1.
     """
     # Paper: "all pixels of all images in the batch". Authors' code: of one GPU, on the host. Here: of all processes.
     if not 0 <= alpha <= 1:
@@ -246,11 +247,11 @@ def pseudo_labels(prob, alpha, *, kind="margin", valid=None, threshold=None, flo
     prob (B,C,H,W): the teacher's, after softmax
     alpha: 0..1, see `dpa_alpha`; kind: see `confidence`
     valid (B,H,W) bool: False on padding
-    threshold: a fixed one in place of DPA's (FixMatch: 0.95); alpha is then unused
+    threshold: a fixed one in place of DPA's (FixMatch: 0.95, with kind="max"); alpha is then unused
     floor: DPA's threshold is never below it [ours]
     refinement: False leaves out Eqs. 7-10; options: those of `refine`
     """
-    # Paper, Sec. 1: the class whose union beats every other's. Authors' code: the raw argmax. Here: the paper.
+    # Paper: the largest union in Sec. 1, the largest p in Eq. 4. Authors' code: the raw argmax. Here: Sec. 1.
     conf, label = confidence_and_label(prob, kind)
     if threshold is None:
         threshold = dpa_threshold(conf, alpha, valid)

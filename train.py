@@ -683,7 +683,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="shapes", help="default: shapes, which are generated")
-    add("--root", default="data", help="folder that holds the dataset, or the dataset's own folder; default: data")
+    add("--root", default="data", help="the dataset's own folder, or (except for folder) the one above; default: data")
     add("--labeled", help="number of labeled images, a file of their ids, or all [preset]")
     add("--splits", help="folder of published lists, <dataset>/<N>.txt; default: splits/ beside this file")
     add("--crop", type=number(int, 32), help="side of the square training views, pixels [preset]")
@@ -721,7 +721,7 @@ def parse_args(argv=None):
     add("--output-stride", type=int, choices=(16, 8), help="default 16; 8, as in the authors' code, takes more memory")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--epochs", type=natural, help="passes over the unlabeled images, if supervised over the labeled [preset]")
+    add("--epochs", type=natural, help="passes over the unlabeled images (supervised: over the labeled ones) [preset]")
     add("--iters", type=natural, help="steps, in place of --epochs [preset]")
     add("--batch-size", type=natural, help="N labeled and N unlabeled images for each process [preset]")
     add("--optimizer", choices=("sgd", "adamw"), help="SGD with momentum 0.9, or AdamW [preset]")

@@ -19,11 +19,13 @@ METHODS = {  # in the order of the tables: title, options of train.py
     "supervised": ("supervised", "--framework supervised"),
     "fixmatch": ("FixMatch", "--no-s4mc"),
     "fixmatch-ema": ("FixMatch with `--ema 0.95`", "--no-s4mc --ema 0.95"),
-    "two-views": ("FixMatch with two strong views", "--framework unimatch --no-s4mc"),
+    "two-views": ("FixMatch with two views, `--framework unimatch`", "--framework unimatch --no-s4mc"),
     "dpa": ("DPA without refinement", "--no-refinement"),
-    "dpa-lower": ("DPA with alpha0 0.337, which keeps as many as S4MC", "--no-refinement --alpha0 0.337"),
+    "dpa-lower": ("DPA with `--alpha0 0.337`, which keeps as many pixels as S4MC", "--no-refinement --alpha0 0.337"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
+    "s4mc-warm": ("S4MC, the first 300 steps with labeled images only", "--warmup-iters 300"),
     "preset": ("S4MC, `--unsup-norm valid --floor 0.95` [ours]", "--unsup-norm valid --floor 0.95"),
+    "preset-ema": ("S4MC as above, with `--ema 0.95`", "--unsup-norm valid --floor 0.95 --ema 0.95"),
     "preset-views": ("S4MC, two views, floor 0.95", "--framework unimatch --unsup-norm valid --floor 0.95"),
     "preset-long": ("S4MC, one view, floor 0.95, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
     "amp": ("S4MC as above, with `--amp`", "--unsup-norm valid --floor 0.95 --amp"),
@@ -31,7 +33,7 @@ METHODS = {  # in the order of the tables: title, options of train.py
 }
 PAIRS = (  # one method minus another
     ("what refinement adds: S4MC - DPA", "s4mc", "dpa"),
-    ("the same at equal kept: S4MC - DPA with alpha0 0.337", "s4mc", "dpa-lower"),
+    ("the same at equal kept: S4MC - DPA with `--alpha0 0.337`", "s4mc", "dpa-lower"),
     ("S4MC - supervised", "s4mc", "supervised"),
     ("preset of photographs - FixMatch", "preset", "fixmatch"),
 )
@@ -165,8 +167,9 @@ def sections(settings):
     args = every[0]
     commits = ", ".join(sorted({(of.get("commit") or "?")[:7] for of in every}))
     about = (
-        f"**{title}**: {args['backbone']}, crop {args['crop']}, {args['batch_size']} + {args['batch_size']} images.\n"
-        f"{args['iters']:,} steps, the first {args['warmup_iters']} with labeled images only. {args['optimizer']}, "
+        f"**{title}**: {args['backbone']}, crop {args['crop']}.\n"
+        f"{args['iters']:,} steps of {args['batch_size']} labeled and {args['batch_size']} unlabeled images, the first "
+        f"{args['warmup_iters']} with labeled images only. {args['optimizer']}, "
         f"learning rates {args['lr']} / {args['head_lr']}."
     )
     scores = scores_of(settings, dataset)

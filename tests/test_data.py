@@ -125,7 +125,7 @@ def test_bad_partitions_roots_and_lists_get_one_sentence(tmp_path):
         ("camvid", root, "no.txt", None, "--labeled no.txt is not a file; expected a number, all, or a file"),
         ("pascal", voc, "1/8", splits, r"1/8 is not a file; expected a number of \[2, 7, 1464\], all, or a file"),
         ("camvid", root, tmp_path / "list.txt", None, r"2 ids are not .*, first \.\./.*; .* like train0,"),
-        ("camvid", root, "all", None, r"has no unlabeled images; use --framework supervised, or fewer labels"),
+        ("camvid", root, "all", None, r"has no unlabeled images; all are labeled; use --framework supervised, or"),
         ("camvid", tmp_path / "nowhere", 2, None, "camvid under .* has no training images"),
         ("pascal", voc, 100, splits, r"no list of 100 labeled images; expected one of \[2, 7, 1464\], or a file"),
         ("pascal", voc, 92, None, "92 of 92 labeled images of pascal have no image"),

@@ -68,8 +68,8 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     said, useful = capsys.readouterr().out, sorted(f"photo {i}" for i in range(11) if i != 4)
     assert (root / "val.txt").read_text().splitlines() == useful[4::5]
     assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
-    assert said.startswith("14 images, 11 masks; 2 for validation: every fifth mask by name; keep frames of one video")
-    assert f"255 is {1 / 11:.1%} of the pixels" in said and "1 of 11 masks hold a single value, first" in said
+    assert said.startswith("14 images, 11 masks; 2 for validation: every fifth mask by name; if they are")
+    assert f"{1 / 11:.1%} of the pixels of the masks are" in said and "1 of 11 masks hold a single value, first" in said
     counts = np.bincount(np.concatenate([mask.ravel() for mask in masks_of(root).values()]))
     for index, name in ((0, "0 class 0"), (2, "2 class 2"), (255, "255 = ignore")):
         (row,) = [line.split(maxsplit=5) for line in said.splitlines() if line.startswith(f"{index:16} ")]
@@ -126,19 +126,19 @@ def test_other_masks_are_shown_without_a_guess_and_converted_as_the_person_says(
     (root / "classes.txt").write_text("\n".join(CLASSES))
     change_masks(root, change, suffix)
     files = contents(root)
-    sentence = refused("expected class indices 0, 1, 2, .* with a class or ignore for each \\?, then: python", root)
+    sentence = refused("expected class indices 0, 1, 2, .* with a class name or ignore for each \\?, then: python", root)
     asked = capsys.readouterr().out
     assert {*asked.split()} == {f"?,{code}" for code in names} and contents(root) == files
     assert sentence.endswith(f"python tools/own_images.py {root} --colors classes.csv")
     table.write_text(asked)
-    refused(r"holds '\?,.*'; .* a class or ignore for each \?", root, "--colors", table)
+    refused(r"holds '\?,.*'; .* a class name or ignore for each \?", root, "--colors", table)
     table.write_text("".join(f"{name},{code}\n" for code, name in names.items()))
     call(root, "--colors", table)
     index = np.array([{**dict(zip(CLASSES, range(3))), "ignore": 255}[name] for name in expected.split()])
     for id, mask in masks_of(root).items():
         assert np.array_equal(mask, index[before[id]])
     assert {path.name for path in (root / "masks-painted").iterdir()} == {f"{id}{suffix}" for id in before}
-    assert "6 masks to convert; 0 are" in capsys.readouterr().out
+    assert "6 masks to convert, the originals go to masks-painted; 0 are" in capsys.readouterr().out
     call(root)  # ready now
 
 
@@ -147,10 +147,11 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     root, table = mine(tmp_path / "mine"), tmp_path / "classes.csv"
     before, blur = masks_of(root), ImageFilter.GaussianBlur(0.7)
     change_masks(root, lambda m, _: Image.fromarray(palette()[m]).filter(blur), suffix)
-    refused("6 masks are not PNG of one 8-bit value per pixel, first .*mode RGB.", root)
+    advice = refused("6 masks are not PNG of one 8-bit value per pixel, first .*mode RGB.", root)
     said = capsys.readouterr()
+    assert advice.endswith("--colors classes.csv" + " --nearest" * (suffix == ".jpg"))
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
-    assert ("values; for JPEG or soft edges list the true colors" in said.err) == (suffix == ".jpg")
+    assert ("values; keep only the lines of the true colors" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
     says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* edges --nearest"
     refused(says, root, "--colors", table)
@@ -183,7 +184,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
     refused("3 masks are not PNG .*, first .*photo 3.png .*classes.txt: soil, weed, wheat.", root)
     assert {*capsys.readouterr().out.split()} == {"?,0,0,0", "?,0,128,0", "?,128,0,0"}
     call(root, "--colors", table)
-    assert "3 masks to convert; 3 are class indices already and stay" in capsys.readouterr().out
+    assert "3 masks to convert, the originals go to masks-painted; 3 are class" in capsys.readouterr().out
     assert all(np.array_equal(mask, index[before[id]]) for id, mask in masks_of(root).items())
     assert len([*(root / "masks-painted-2").iterdir()]) == 6
     change_masks(root, lambda m, _: m + np.uint8(1), first=3)  # values, of which 1 means soil
@@ -203,14 +204,14 @@ def test_masks_of_0_and_255_can_be_added_after_a_conversion(tmp_path, capsys):
     call(root, "--colors", table)
     Image.fromarray(foreground["photo 3"] * np.uint8(255)).save(root / "masks" / "photo 3.png")
     call(root, "--colors", table)
-    assert "1 masks to convert; 5 are class indices already and stay" in capsys.readouterr().out
+    assert "1 masks to convert, the originals go to masks-painted; 5 are class" in capsys.readouterr().out
     assert all(np.array_equal(mask, foreground[id]) for id, mask in masks_of(root).items())
 
 
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, and there are 2 classes; if .* write all names into classes.txt"
+    says = "masks hold 2, first .*photo 0.png, but 2 classes are 0 to 1; if .* write all names into classes.txt"
     refused(says, root)
     (root / "classes.txt").write_bytes("soil\nStraße\nweed\nmaize\n".encode("latin-1"))
     call(root)
@@ -224,7 +225,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_pa
     assert row[0].split() == ["3", "1", "1", "photo", "3.png", "3", "maize"]
     mask[0, 0] = 7
     Image.fromarray(mask).save(root / "masks" / "photo 3.png")
-    refused("masks hold 7, first .*photo 3.png, and there are 4 classes; .*classes.txt: soil, Straße", root)
+    refused("masks hold 7, first .*photo 3.png, but 4 classes are 0 to 3; .*classes.txt: soil, Straße", root)
 
 
 def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
@@ -237,7 +238,7 @@ def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
     ("soil,1\nwheat,2\n", "", r"3 is not in .*classes.csv: \d+ pixels in 5 masks, first .*photo 1.png; expected every"),
     ("soil,1\nsoil,2\nignore,3\n", "", "names 1 classes; expected 2 to 254"),
     ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, but classes.txt does not; correct one"),
-    ("soil,1\nwheat,2\n?,3\n", "", r"holds '\?,3'; .*, and a class or ignore for each \?"),
+    ("soil,1\nwheat,2\n?,3\n", "", r"holds '\?,3'; .*, and a class name or ignore for each \?"),
     ("soil,1\nwheat,1\n", "", "holds 'wheat,1'; expected lines .* one for each class"),
     ("soil,1,2,3\nwheat,4,5,6\n", "", r"\d is not in .*csv"), (",1\n", "", "holds ',1'"),
     ("", "", "names 0 classes"), ("soil,1\nwheat,1.2.3\n", "", "holds 'wheat,1.2.3'"),

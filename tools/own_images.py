@@ -39,7 +39,7 @@ from train import PRESETS  # noqa: E402
 
 NEAR = 16  # of 255 in each channel; with --nearest, a pixel this close to a listed color has its class
 SHOWN = 40  # lines to fill in at most
-SERIES = "keep frames of one video, or tiles of one image, in one part: use --val FILE or a folder val/"
+SERIES = "if they are frames of one video or tiles of one image, choose yourself: --val FILE or a folder val/"
 MOST = 65536  # colors of a mask; a photograph has more
 LARGE = 1500  # pixels; above this, smaller copies are advised
 CONVERTERS = {
@@ -223,7 +223,7 @@ def read_table(file, names):
         if is_title or not texts + numbers:
             continue
         if len(texts) != 1 or texts == ["?"] or len(numbers) not in (1, 3, 4) or code_of(numbers) in rows:
-            raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}, and a class or ignore for each ?")
+            raise InputError(f"--colors {file} holds {line[:60]!r}; {expected}, and a class name or ignore for each ?")
         rows[code_of(numbers)] = texts[0]
     named = [name for name in dict.fromkeys(rows.values()) if name != "ignore"]
     unknown = [name for name in named if names and name not in names]
@@ -313,8 +313,9 @@ def problem_with(masks, names):
     if unknown:
         first = next(mask.path for mask in masks if unknown[0] in mask.codes)
         return (
-            f"the masks hold {', '.join(unknown[:5])}, first {first}, and there are {len(names)} classes; if they are "
-            "class indices, write all names into classes.txt, one per line, that of 0 (often background) first"
+            f"the masks hold {', '.join(unknown[:5])}, first {first}, but {len(names)} classes are 0 to "
+            f"{len(names) - 1}; if they are class indices, write all names into classes.txt, one per line, that of 0 "
+            "(often background) first"
         )
     full = [mask.path for mask in masks if set(mask.codes) == {"0", "255"} and not mask.is_ours]
     ones = [mask.path for mask in masks if "1" in mask.codes]
@@ -337,14 +338,15 @@ def accept_indices(root, masks, names):
     rows = tally(masks)
     show(rows[:SHOWN], names, sys.stderr)
     if len(rows) > SHOWN:
-        print(f"{len(rows)} values; for JPEG or soft edges list the true colors and add --nearest", file=sys.stderr)
+        print(f"{len(rows)} values; keep only the lines of the true colors, and add --nearest", file=sys.stderr)
     for row in rows[:SHOWN]:
         if row.label == NO_CLASS:
             print(f"?,{row.code}", flush=True)
+    nearest = " --nearest" if len(rows) > SHOWN else ""
     raise InputError(
         f"{problem}; expected class indices 0, 1, 2, ... and 255 (classes.txt: {', '.join(names) or 'none'}); correct "
-        "the masks, or save the lines above as classes.csv, with a class or ignore for each ?, then: "
-        f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv"
+        "the masks, or save the lines above as classes.csv, with a class name or ignore for each ?, then: "
+        f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv{nearest}"
     )
 
 
@@ -393,7 +395,8 @@ def choose_validation(root, looks, masks, listed):
     elif listed or file.is_file():
         ids, chosen = list(dict.fromkeys(id_list(file, looks))), f"those of {file}"
     else:
-        ids, chosen = useful[4::5] or useful[-1:], "every fifth mask by name; " + SERIES
+        ids = useful[4::5] or useful[-1:]
+        chosen = f"{'every fifth' if len(useful) > 4 else 'the last'} mask by name; {SERIES}"
     wrong = [id for id in ids if id not in looks or looks[id].mask is None]
     if wrong:
         raise InputError(f"validation image {wrong[0]} lacks image or mask; expected both, as {useful[0]} has")
@@ -405,10 +408,11 @@ def choose_validation(root, looks, masks, listed):
 def remarks_on_masks(masks, rows, names):
     """Yield sentences on what is done with the masks, and on what may be wrong with them."""
     stay = sum(mask.stays for mask in masks)
-    yield f"{len(masks) - stay} masks to convert; {stay} are class indices already and stay"
+    moved = ", the originals go to masks-painted" if stay < len(masks) else ""
+    yield f"{len(masks) - stay} masks to convert{moved}; {stay} are class indices and stay"
     total = sum(row.pixels for row in rows)
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
-    yield f"255 is {ignored / total:.1%} of the pixels of the masks"
+    yield f"{ignored / total:.1%} of the pixels of the masks are ignored (255)"
     if ignored > total / 2:
         yield "pixels of 255 are never learned; give the background a class of its own if it is to be predicted"
     shown = {row.label for row in rows}
@@ -439,7 +443,8 @@ def remarks_on_folder(root, looks):
         yield "images by folder: " + ", ".join(f"{name} {count}" for name, count in below.items())
     if statistics.median(max(seen.size) for seen in looks.values()) > LARGE:
         command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
-        yield f"the images are large; better train on smaller copies: {command}, then predict.py --shrink 512"
+        what_next = "then the command that it prints, then predict.py --shrink 512"
+        yield f"the images are large; better train on smaller copies: {command}, {what_next}"
 
 
 def train_command(root, looks):
@@ -530,7 +535,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="holds images/ and masks/, perhaps val/ with the same two")
     parser.add_argument("--colors", metavar="CSV", help="convert the masks; lines name,r,g,b or name,value")
-    parser.add_argument("--nearest", action="store_true", help=f"with --colors: up to {NEAR} from a listed one")
+    parser.add_argument("--nearest", action="store_true", help=f"with --colors: also colors within {NEAR}")
     parser.add_argument("--val", metavar="FILE", help="list of the validation images, one name per line")
     parser.add_argument("--shrink", type=number(int, 32), metavar="N", help="write copies of at most N pixels")
     return parser.parse_args(argv)
