@@ -13,7 +13,7 @@ This file needs only PyTorch. It can be copied into another project as it is.
     p_c(x_jk, x_lm)     joint            like prob   0..1, Eqs. 14-16
     p~_c(x_jk)          refined          (B,C,H,W)   0..1; the probability of a union, need not sum to 1 over C
     beta_lm             beta             number      0..1, Eq. 10
-    kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy -log C..0; higher is surer
+    kappa               confidence       (B,H,W)     margin 0..1, max 0..1, entropy at most 0; higher is surer
     gamma_t             threshold        0-d         like confidence
     alpha_t, alpha_0    alpha, alpha0    number      0..1, gamma_t is this quantile of the raw confidences
     y^_jk               label            (B,H,W)     0..C-1, or 255: the pixel is ignored
@@ -93,7 +93,7 @@ def _margin_and_label_on_cpu(prob):
 def offsets(neighborhood, dilation=1, distance_weight=True):
     """Return the neighbors of a pixel, [(dy, dx, beta), ...], with beta of Eq. 10.
 
-    beta = exp(-(|dy| + |dx|) / 2), counted in steps of the grid. Without `distance_weight` it is 1, as in Eqs. 7-9.
+    beta = exp(-(|dy| + |dx|) / 2), before dilation. Without `distance_weight` it is 1, as in Eqs. 7-9.
     neighborhood: 3, 5 or 7 for the N x N square without its center; "cross" for up, down, left and right.
     dilation: distance of neighbors in pixels [ours]. Raises ValueError for an unknown neighborhood or dilation.
     """

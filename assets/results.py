@@ -19,7 +19,7 @@ METHODS = {  # in the order of the tables: title, options of train.py
     "supervised": ("supervised", "--framework supervised"),
     "fixmatch": ("FixMatch", "--no-s4mc"),
     "fixmatch-ema": ("FixMatch with `--ema 0.95`", "--no-s4mc --ema 0.95"),
-    "two-views": ("FixMatch with two views, `--framework unimatch`", "--framework unimatch --no-s4mc"),
+    "two-views": ("FixMatch with two strong views, `--framework unimatch`", "--framework unimatch --no-s4mc"),
     "dpa": ("DPA without refinement", "--no-refinement"),
     "dpa-lower": ("DPA with `--alpha0 0.337`, which keeps as many pixels as S4MC", "--no-refinement --alpha0 0.337"),
     "s4mc": ("S4MC + FixMatch (the paper)", ""),

@@ -126,7 +126,7 @@ def test_other_masks_are_shown_without_a_guess_and_converted_as_the_person_says(
     (root / "classes.txt").write_text("\n".join(CLASSES))
     change_masks(root, change, suffix)
     files = contents(root)
-    sentence = refused("expected class indices 0, 1, 2, .* with a class name or ignore for each \\?, then: python", root)
+    sentence = refused("expected class indices 0, 1, 2, .* a class name or ignore for each \\?, then: python", root)
     asked = capsys.readouterr().out
     assert {*asked.split()} == {f"?,{code}" for code in names} and contents(root) == files
     assert sentence.endswith(f"python tools/own_images.py {root} --colors classes.csv")
@@ -138,7 +138,7 @@ def test_other_masks_are_shown_without_a_guess_and_converted_as_the_person_says(
     for id, mask in masks_of(root).items():
         assert np.array_equal(mask, index[before[id]])
     assert {path.name for path in (root / "masks-painted").iterdir()} == {f"{id}{suffix}" for id in before}
-    assert "6 masks to convert, the originals go to masks-painted; 0 are" in capsys.readouterr().out
+    assert "6 masks are converted now; 0 are" in capsys.readouterr().out
     call(root)  # ready now
 
 
@@ -151,7 +151,7 @@ def test_soft_edges_need_nearest_which_says_how_many_pixels_go_each_way(tmp_path
     said = capsys.readouterr()
     assert advice.endswith("--colors classes.csv" + " --nearest" * (suffix == ".jpg"))
     assert said.out.count("?,") == (40 if suffix == ".jpg" else 15)
-    assert ("values; keep only the lines of the true colors" in said.err) == (suffix == ".jpg")
+    assert ("values, of which the 40 most frequent" in said.err) == (suffix == ".jpg")
     table.write_text("".join(f"{name},{code}\n" for code, name in BY_COLOR.items()))
     says = r"is not in .*csv: \d+ pixels in [1-6] masks, first .*photo \d.*; expected every .* edges --nearest"
     refused(says, root, "--colors", table)
@@ -184,7 +184,7 @@ def test_a_second_batch_is_converted_beside_the_first_which_stays(tmp_path, caps
     refused("3 masks are not PNG .*, first .*photo 3.png .*classes.txt: soil, weed, wheat.", root)
     assert {*capsys.readouterr().out.split()} == {"?,0,0,0", "?,0,128,0", "?,128,0,0"}
     call(root, "--colors", table)
-    assert "3 masks to convert, the originals go to masks-painted; 3 are class" in capsys.readouterr().out
+    assert "3 masks are converted now; 3 are class indices and stay" in capsys.readouterr().out
     assert all(np.array_equal(mask, index[before[id]]) for id, mask in masks_of(root).items())
     assert len([*(root / "masks-painted-2").iterdir()]) == 6
     change_masks(root, lambda m, _: m + np.uint8(1), first=3)  # values, of which 1 means soil
@@ -204,14 +204,14 @@ def test_masks_of_0_and_255_can_be_added_after_a_conversion(tmp_path, capsys):
     call(root, "--colors", table)
     Image.fromarray(foreground["photo 3"] * np.uint8(255)).save(root / "masks" / "photo 3.png")
     call(root, "--colors", table)
-    assert "1 masks to convert, the originals go to masks-painted; 5 are class" in capsys.readouterr().out
+    assert "1 masks are converted now; 5 are class indices and stay" in capsys.readouterr().out
     assert all(np.array_equal(mask, foreground[id]) for id, mask in masks_of(root).items())
 
 
 def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_path, capsys):
     root = mine(tmp_path / "mine")
     (root / "classes.txt").write_text("soil\nwheat\n")
-    says = "masks hold 2, first .*photo 0.png, but 2 classes are 0 to 1; if .* write all names into classes.txt"
+    says = "masks hold 2, first .*photo 0.png, but only 0 to 1 are valid; if .* write all names into classes.txt"
     refused(says, root)
     (root / "classes.txt").write_bytes("soil\nStraße\nweed\nmaize\n".encode("latin-1"))
     call(root)
@@ -225,7 +225,7 @@ def test_a_class_that_is_new_or_drawn_nowhere_needs_a_line_of_classes_txt(tmp_pa
     assert row[0].split() == ["3", "1", "1", "photo", "3.png", "3", "maize"]
     mask[0, 0] = 7
     Image.fromarray(mask).save(root / "masks" / "photo 3.png")
-    refused("masks hold 7, first .*photo 3.png, but 4 classes are 0 to 3; .*classes.txt: soil, Straße", root)
+    refused("masks hold 7, first .*photo 3.png, but only 0 to 3 are valid; .*classes.txt: soil, Straße", root)
 
 
 def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
@@ -239,7 +239,7 @@ def test_255_beside_0_is_no_class_while_1_is_one_in_other_masks(tmp_path):
     ("soil,1\nsoil,2\nignore,3\n", "", "names 1 classes; expected 2 to 254"),
     ("soil,1\nwheat,2\nweed,3\n", "soil\nmaize\n", "csv names wheat, but classes.txt does not; correct one"),
     ("soil,1\nwheat,2\n?,3\n", "", r"holds '\?,3'; .*, and a class name or ignore for each \?"),
-    ("soil,1\nwheat,1\n", "", "holds 'wheat,1'; expected lines .* one for each class"),
+    ("soil,1\nwheat,1\n", "", "holds 'wheat,1'; expected lines .* one for each color"),
     ("soil,1,2,3\nwheat,4,5,6\n", "", r"\d is not in .*csv"), (",1\n", "", "holds ',1'"),
     ("", "", "names 0 classes"), ("soil,1\nwheat,1.2.3\n", "", "holds 'wheat,1.2.3'"),
     ("name,value\n1,soil,2\n", "", "holds '1,soil,2'"), ("soil,1\n2,3\n", "", "holds '2,3'"),

@@ -213,7 +213,7 @@ def split_line(line):
 
 def read_table(file, names):
     """Return ({code: class or 255}, names) of a file for --colors. names: of classes.txt; []: in the file's order."""
-    expected = "expected lines name,r,g,b or name,value, one for each class"
+    expected = "expected lines name,r,g,b or name,value, one for each color or value"
     if not Path(file).is_file():
         raise InputError(f"--colors {file} does not exist; {expected}")
     rows = {}
@@ -313,9 +313,9 @@ def problem_with(masks, names):
     if unknown:
         first = next(mask.path for mask in masks if unknown[0] in mask.codes)
         return (
-            f"the masks hold {', '.join(unknown[:5])}, first {first}, but {len(names)} classes are 0 to "
-            f"{len(names) - 1}; if they are class indices, write all names into classes.txt, one per line, that of 0 "
-            "(often background) first"
+            f"the masks hold {', '.join(unknown[:5])}, first {first}, but only 0 to "
+            f"{len(names) - 1} are valid; if they are class indices, write all names into classes.txt, one per line, "
+            "that of 0 (often background) first"
         )
     full = [mask.path for mask in masks if set(mask.codes) == {"0", "255"} and not mask.is_ours]
     ones = [mask.path for mask in masks if "1" in mask.codes]
@@ -337,16 +337,17 @@ def accept_indices(root, masks, names):
         return known, [mask._replace(table=index_table(known), stays=True) for mask in masks]
     rows = tally(masks)
     show(rows[:SHOWN], names, sys.stderr)
+    lines, option = "the lines above", ""
     if len(rows) > SHOWN:
-        print(f"{len(rows)} values; keep only the lines of the true colors, and add --nearest", file=sys.stderr)
+        print(f"{len(rows)} values, of which the {SHOWN} most frequent are shown", file=sys.stderr)
+        lines, option = "only the lines of the true colors", " --nearest"
     for row in rows[:SHOWN]:
         if row.label == NO_CLASS:
             print(f"?,{row.code}", flush=True)
-    nearest = " --nearest" if len(rows) > SHOWN else ""
     raise InputError(
         f"{problem}; expected class indices 0, 1, 2, ... and 255 (classes.txt: {', '.join(names) or 'none'}); correct "
-        "the masks, or save the lines above as classes.csv, with a class name or ignore for each ?, then: "
-        f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv{nearest}"
+        f"the masks, or save {lines} as classes.csv, with a class name or ignore for each ?, then: "
+        f"python tools/own_images.py {shlex.quote(str(root))} --colors classes.csv{option}"
     )
 
 
@@ -408,8 +409,7 @@ def choose_validation(root, looks, masks, listed):
 def remarks_on_masks(masks, rows, names):
     """Yield sentences on what is done with the masks, and on what may be wrong with them."""
     stay = sum(mask.stays for mask in masks)
-    moved = ", the originals go to masks-painted" if stay < len(masks) else ""
-    yield f"{len(masks) - stay} masks to convert{moved}; {stay} are class indices and stay"
+    yield f"{len(masks) - stay} masks are converted now; {stay} are class indices and stay"
     total = sum(row.pixels for row in rows)
     ignored = sum(row.pixels for row in rows if row.label == IGNORE)
     yield f"{ignored / total:.1%} of the pixels of the masks are ignored (255)"
@@ -425,8 +425,8 @@ def remarks_on_masks(masks, rows, names):
         yield f"{what}; if an image is not annotated yet, remove its mask: it is then unlabeled"
 
 
-def remarks_on_folder(root, looks):
-    """Yield sentences on what is odd in the images, and on what is not read."""
+def remarks_on_folder(root, looks, side):
+    """Yield sentences on what is odd in the images, and on what is not read. side: of --shrink, or None."""
     folders = [root / "images", root / "masks", root / "val"]
     others = left_out([path for folder in folders for path in walk(folder)])
     if others:
@@ -441,7 +441,7 @@ def remarks_on_folder(root, looks):
     below = Counter(Path(id).parent.as_posix() for id in looks)
     if set(below) - {".", "val"}:
         yield "images by folder: " + ", ".join(f"{name} {count}" for name, count in below.items())
-    if statistics.median(max(seen.size) for seen in looks.values()) > LARGE:
+    if not side and statistics.median(max(seen.size) for seen in looks.values()) > LARGE:
         command = f"python tools/own_images.py {shlex.quote(str(root))} --shrink 512"
         what_next = "then the command that it prints, then predict.py --shrink 512"
         yield f"the images are large; better train on smaller copies: {command}, {what_next}"
@@ -484,6 +484,7 @@ def convert(place, changes):
         painted = place / f"masks-painted-{count}"
     os.replace(place / "masks", painted)
     os.replace(new, place / "masks")
+    print(f"- the masks before this are in {painted}")
 
 
 def shrink(root, side):
@@ -559,7 +560,7 @@ def main(args):
     print(f"{len(looks)} images, {len(masks)} masks; {len(val)} for validation: {chosen}")
     rows = tally(masks, near)
     show(rows, names, sys.stdout)
-    for remark in (*remarks_on_masks(masks, rows, names), *remarks_on_folder(root, looks)):
+    for remark in (*remarks_on_masks(masks, rows, names), *remarks_on_folder(root, looks, args.shrink)):
         print(f"- {remark}")
     place = write(root, masks, names, val, args)
     if place != root:
