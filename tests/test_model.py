@@ -137,7 +137,7 @@ def hub(tmp_path, monkeypatch):
 def test_weights_that_cannot_be_loaded_get_one_sentence_and_run_no_code(tmp_path, hub, capsys, name, whose):
     def fails(weights, reason):
         says = rf"^--weights {weights} could not be loaded into {name} \({reason}\); expected pretrained "
-        says += rf"\(needs a network the first time\), none, or a file with {whose}'s state dict$"
+        says += rf"\(needs internet access the first time\), none, or a file with {whose}'s state dict$"
         refused(says, encoder, name, str(weights))
 
     foreign = "it is not a torch.save file, or holds more than tensors and plain values"
