@@ -39,7 +39,14 @@ from model import ENCODERS, DeepLabV3Plus, all_reduce, average_statistics, canno
 from model import load_checkpoint, save_checkpoint, start_processes, update_teacher
 from refine import dpa_alpha, neighbor_agreement
 
-# What --dataset means for every option that is left out.
+# The options that are left out on the command line, by --dataset.
+PHOTOGRAPHS = {  # [ours], chosen on photographs of people and of PASCAL VOC; the values for GPUs are untested
+    "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.2, "weights": "pretrained", "optimizer": "adamw",
+    "lr": 2e-4, "head_lr": 1e-3, "lr_warmup": 0.1, "weight_decay": 1e-4, "sup_loss": "ce", "eval_mode": "original",
+    "batch_size": 8,
+    "cpu": {"crop": 192, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 1000},
+    "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000},
+}  # fmt: skip
 PRESETS = {
     "shapes": {  # [ours]
         "labeled": "24", "crop": 64, "workers": 1, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
@@ -47,22 +54,8 @@ PRESETS = {
         "optimizer": "sgd", "lr": 0.02, "head_lr": 0.02, "lr_warmup": 0.0, "weight_decay": 5e-4, "sup_loss": "ce",
         "eval_mode": "original",
     },
-    "camvid": {  # [ours]
-        "labeled": "46", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.1, "weights": "pretrained",
-        "optimizer": "adamw", "lr": 5e-4, "head_lr": 5e-3, "lr_warmup": 0.0, "weight_decay": 1e-4, "sup_loss": "ce",
-        "eval_mode": "original",
-        "cpu": {"crop": 128, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 3000,
-                "batch_size": 4},
-        "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000,
-                 "batch_size": 8},
-    },
-    "folder": {  # [ours], chosen on photographs of people and of PASCAL VOC; the values for GPUs are untested
-        "labeled": "all", "unsup_norm": "valid", "floor": 0.95, "warmup_share": 0.2, "weights": "pretrained",
-        "optimizer": "adamw", "lr": 2e-4, "head_lr": 1e-3, "lr_warmup": 0.1, "weight_decay": 1e-4, "sup_loss": "ce",
-        "eval_mode": "original", "batch_size": 8,
-        "cpu": {"crop": 192, "workers": 1, "framework": "fixmatch", "backbone": "mobilenet_v2", "iters": 1000},
-        "cuda": {"crop": 321, "workers": 8, "framework": "unimatch", "backbone": "resnet50", "iters": 6000},
-    },
+    "camvid": {"labeled": "46", **PHOTOGRAPHS},
+    "folder": {"labeled": "all", **PHOTOGRAPHS},
     "pascal": {  # Appendix D, Secs. 4.1 and 4.3 [paper]; warm-up [authors' code]; workers [ours]
         "labeled": "366", "crop": 513, "workers": 4, "framework": "fixmatch", "unsup_norm": "kept", "floor": 0.0,
         "warmup_epochs": 1, "backbone": "resnet101", "weights": "pretrained", "epochs": 80, "batch_size": 3,

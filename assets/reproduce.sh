@@ -29,8 +29,12 @@ case $SETTINGS in
     camvid)
         lists=46 methods="fixmatch preset-views preset-long"
         common="--dataset camvid --root $CAMVID --framework fixmatch --crop 128 --batch-size 4 --iters 2000"
-        common+=" --warmup-iters 200" ;;
-    *) echo "SETTINGS is $SETTINGS; expected fair or camvid" && exit 1 ;;
+        common+=" --warmup-iters 200 --optimizer adamw --lr 0.0005 --head-lr 0.005 --lr-warmup 0" ;;
+    camvid192)
+        lists=46 methods=preset
+        common="--dataset camvid --root $CAMVID --framework fixmatch --crop 192 --batch-size 8 --iters 1000"
+        common+=" --warmup-iters 200 --optimizer adamw --lr 0.0002 --head-lr 0.001 --lr-warmup 0.1" ;;
+    *) echo "SETTINGS is $SETTINGS; expected fair, camvid or camvid192" && exit 1 ;;
 esac
 common+=" --backbone mobilenet_v2 --weights $WEIGHTS --log-every 25 --eval-every 1000000 --workers 1"
 for seed in ${SEEDS:-0 1 2}; do

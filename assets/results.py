@@ -40,6 +40,7 @@ PAIRS = (  # one method minus another
 SETTINGS = {  # title, dataset, lists
     "fair": ("PASCAL VOC 2012, 256 pixels, 5,398 training photographs", "pascal", ("183", "732")),
     "camvid": ("CamVid, 480 x 360, 46 labels, 321 unlabeled photographs", "camvid", ("46",)),
+    "camvid192": ("The same photographs, with the preset", "camvid", ("46",)),
 }
 SAME = "backbone crop batch_size optimizer lr head_lr weight_decay eval_mode".split()  # in all runs of one settings
 MACHINE = "root splits labeled out weights".split()  # arguments that are paths; the list is in the log's name

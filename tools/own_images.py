@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import IGNORE, NO_CLASS, READABLE, InputError, files, id_list, open_dataset, open_image  # noqa: E402
 from data import palette, read, read_classes, read_text, save_mask, suffix, walk  # noqa: E402
 from evaluate import number, run_script  # noqa: E402
-from train import PRESETS  # noqa: E402
+from train import PHOTOGRAPHS  # noqa: E402
 
 NEAR = 16  # of 255 in each channel; with --nearest, a pixel this close to a listed color has its class
 SHOWN = 40  # lines to fill in at most
@@ -450,7 +450,7 @@ def remarks_on_folder(root, looks, side):
 def train_command(root, looks):
     """Return the command that trains."""
     short_side = int(statistics.median(min(seen.size) for seen in looks.values()))
-    preset = PRESETS["folder"]["cuda" if torch.cuda.is_available() else "cpu"]
+    preset = PHOTOGRAPHS["cuda" if torch.cuda.is_available() else "cpu"]
     crop = min(preset["crop"], math.ceil(short_side / 32) * 32)
     words = ["python", "train.py", "--dataset", "folder", "--root", str(root), "--crop", str(crop)]
     if all(seen.mask for seen in looks.values()):
