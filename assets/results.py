@@ -38,7 +38,7 @@ PAIRS = (  # one method minus another
     ("preset of photographs - FixMatch", "preset", "fixmatch"),
 )
 SETTINGS = {  # title, dataset, lists
-    "fair": ("PASCAL VOC 2012, 256 pixels, 5,398 training photographs", "pascal", ("183", "732")),
+    "fair": ("PASCAL VOC 2012, 256 pixels, 5,398 training photographs", "pascal", ("183", "732", "92")),
     "camvid": ("CamVid, 480 x 360, 46 labels, 321 unlabeled photographs", "camvid", ("46",)),
     "camvid192": ("The same photographs, with the preset", "camvid", ("46",)),
 }
