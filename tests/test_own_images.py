@@ -68,7 +68,7 @@ def test_class_indices_get_names_every_fifth_validates_and_the_printed_command_f
     said, useful = capsys.readouterr().out, sorted(f"photo {i}" for i in range(11) if i != 4)
     assert (root / "val.txt").read_text().splitlines() == useful[4::5]
     assert (root / "classes.txt").read_text() == "class 0\nclass 1\nclass 2\n"
-    assert said.startswith("14 images, 11 masks; 2 for validation: every fifth mask by name; if they are")
+    assert said.startswith("14 images, 11 masks; 2 for validation: every fifth mask by name; if the images")
     assert f"{1 / 11:.1%} of the pixels of the masks are" in said and "1 of 11 masks hold a single value, first" in said
     counts = np.bincount(np.concatenate([mask.ravel() for mask in masks_of(root).values()]))
     for index, name in ((0, "0 class 0"), (2, "2 class 2"), (255, "255 = ignore")):

@@ -39,7 +39,7 @@ from train import PHOTOGRAPHS  # noqa: E402
 
 NEAR = 16  # of 255 in each channel; with --nearest, a pixel this close to a listed color has its class
 SHOWN = 40  # lines to fill in at most
-SERIES = "if they are frames of one video or tiles of one image, choose yourself: --val FILE or a folder val/"
+SERIES = "if the images are frames of a video or tiles of one image, choose yourself: --val FILE or a folder val/"
 MOST = 65536  # colors of a mask; a photograph has more
 LARGE = 1500  # pixels; above this, smaller copies are advised
 CONVERTERS = {
