@@ -25,10 +25,14 @@ METHODS = {  # in the order of the tables: title, options of train.py
     "s4mc": ("S4MC + FixMatch (the paper)", ""),
     "s4mc-warm": ("S4MC, the first 300 steps with labeled images only", "--warmup-iters 300"),
     "preset": ("S4MC, `--unsup-norm valid --floor 0.95` [ours]", "--unsup-norm valid --floor 0.95"),
-    "preset-ema": ("S4MC as above, with `--ema 0.95`", "--unsup-norm valid --floor 0.95 --ema 0.95"),
-    "preset-views": ("S4MC, two views, floor 0.95", "--framework unimatch --unsup-norm valid --floor 0.95"),
-    "preset-long": ("S4MC, one view, floor 0.95, 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
-    "amp": ("S4MC as above, with `--amp`", "--unsup-norm valid --floor 0.95 --amp"),
+    "preset-high": (
+        "S4MC [ours] with `--lr 5e-4 --head-lr 5e-3`",
+        "--unsup-norm valid --floor 0.95 --lr 5e-4 --head-lr 5e-3",
+    ),
+    "preset-ema": ("S4MC [ours] with `--ema 0.95`", "--unsup-norm valid --floor 0.95 --ema 0.95"),
+    "preset-views": ("S4MC [ours] with two views", "--framework unimatch --unsup-norm valid --floor 0.95"),
+    "preset-long": ("S4MC [ours] with 3,000 steps", "--unsup-norm valid --floor 0.95 --iters 3000"),
+    "amp": ("S4MC [ours] with `--amp`", "--unsup-norm valid --floor 0.95 --amp"),
     "rival": ("Unet of segmentation_models_pytorch, supervised", None),
 }
 PAIRS = (  # one method minus another
@@ -86,7 +90,8 @@ def read(settings):
         labeled, *method, seed = path.stem.removeprefix(f"{settings}-").split("-")
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         runs["-".join(method)][labeled, int(seed)] = lines
-        for name in (name for name in SAME if name in lines[0]):
+        own = METHODS.get("-".join(method), ["", ""])[1] or ""  # options that the method itself sets
+        for name in (name for name in SAME if name in lines[0] and f"--{name.replace('_', '-')} " not in own):
             if lines[0][name] != first.setdefault(name, lines[0][name]):
                 raise SystemExit(f"{path.name}: {name} is {lines[0][name]}, in others {first[name]}; rename it")
     if unknown := runs.keys() - METHODS.keys():
