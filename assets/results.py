@@ -199,7 +199,8 @@ def parts():
     people = scores_of("people")
     found["people"] = seed_table(people, columns)
     found["camvid25"] = seed_table(scores_of("camvid25"), [("7 to 8 minutes", "mIoU", "7min")])
-    found["masks"] = seed_table({method: people[method] for method in ("supervised", "preset", "preset-high", "rival")}, columns[1:])
+    shown = ("supervised", "preset", "preset-high", "rival")
+    found["masks"] = seed_table({method: people[method] for method in shown}, columns[1:])
     shapes = scores_of("shapes")
     ours, alone = (values(shapes, method, "mIoU", "24") for method in ("s4mc", "supervised"))
     found["shapes"] = (
